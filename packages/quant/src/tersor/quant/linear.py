@@ -1,0 +1,92 @@
+"""A linear layer whose weight is stored as packed codes."""
+
+import torch
+from tersor.kernels import dequant_matmul, pack_bits, unpack_bits
+from torch import Tensor, nn
+
+from tersor.quant.grid import IntGrid, IntParams
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + bias with W = grid.decode(codes): only the codes are stored, packed, and decoded as they are used.
+
+    Args:
+        in_features: as of `nn.Linear`, as are `out_features` and `bias`.
+        grid: what the codes mean.
+        dtype: of the bias.
+    """
+
+    codes: Tensor  # (out, ceil(in / 8) * bits), uint8, packed along `in`
+    # float16 scales (out, groups) as the int16 of the same bits: so neither `model.to(dtype)` nor a loader rounds them
+    scale_bits: Tensor
+    zero_points: Tensor | None  # packed uint8 of (out * groups); None where the grid is symmetric
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        grid: IntGrid,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        self.num_groups = grid.groups(in_features)
+        bytes_of = lambda count: -(-count // 8) * grid.bits  # noqa: E731
+        self.register_buffer(
+            "codes", torch.empty(out_features, bytes_of(in_features), dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("scale_bits", torch.empty(out_features, self.num_groups, dtype=torch.int16, device=device))
+        zeros = (
+            None
+            if grid.symmetric
+            else torch.empty(bytes_of(out_features * self.num_groups), dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("zero_points", zeros)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        # relative squared error of the outputs on the calibration data; known only in the process that quantised
+        self.relative_error: float | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, codes: Tensor, params: IntParams, grid: IntGrid) -> "QuantizedLinear":
+        """The layer that stores `codes` (out, in) in place of the weight of `linear`, with its bias."""
+        weight = linear.weight
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, grid, weight.device, weight.dtype)
+        layer.codes = pack_bits(codes, grid.bits)
+        layer.scale_bits = params.scale.half().view(torch.int16)
+        if not grid.symmetric:
+            layer.zero_points = pack_bits(params.zero_point.flatten(), grid.bits)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored for the weight: codes, scales and zero points."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def params(self) -> IntParams:
+        scale = self.scale_bits.view(torch.float16)
+        if self.zero_points is None:
+            return IntParams(scale, torch.full_like(scale, 2 ** (self.grid.bits - 1), dtype=torch.uint8))
+        return IntParams(scale, unpack_bits(self.zero_points, self.grid.bits, scale.numel()).view_as(scale))
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in) that the codes stand for, float32."""
+        return self.grid.decode(unpack_bits(self.codes, self.grid.bits, self.in_features), self.params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.params
+        group_size = self.in_features // self.num_groups
+        y = dequant_matmul(x, self.codes, scale, zero_point.to(scale.dtype), self.grid.bits, group_size)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, grid={self.grid}"
