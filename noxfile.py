@@ -45,7 +45,9 @@ def types(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks, ours and the peer's in one run; writes benchmarks.json. Name files to run fewer."""
-    files = session.posargs or [str(path) for path in sorted(ROOT.glob("**/benchmarks/bench_*.py")) if ".venv" not in path.parts]
+    files = session.posargs or [
+        str(path) for path in sorted(ROOT.glob("**/benchmarks/bench_*.py")) if ".venv" not in path.parts
+    ]
     session.run("uv", "run", "pytest", "--benchmark-only", "--benchmark-json=benchmarks.json", "-m", "not gpu", *files)
 
 

@@ -1,80 +1,104 @@
-"""What the inputs of a layer look like: second moments, collected block by block."""
+"""What goes into a layer: calibration data, the inputs of blocks, the second moments of the inputs of linears."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-Batch = Mapping[str, Tensor]
+# rows of token ids are run together up to this many tokens
+_BATCH_TOKENS = 2048
 
 
 class SecondMoments:
-    """Running mean of x x^T over tokens, float32; two of them merge by adding."""
+    """Sum of x x^T over tokens, and their count; what two parts of the data gave merges by addition."""
 
     def __init__(self, in_features: int, device: torch.device | None = None) -> None:
-        self.mean = torch.zeros(in_features, in_features, device=device)
+        # float64: in a sum over many tokens float32 would lose the low bits of the later ones
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self.count = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """H = X^T X / tokens, (in, in)."""
+        return self.sum / max(self.count, 1)
 
     def update(self, x: Tensor) -> None:
         """Take in the rows of `x` (tokens, in)."""
-        total = self.count + len(x)
-        if total:
-            # a mean, not a sum: sums over many tokens would lose the later ones' low bits
-            self.mean.mul_(self.count / total).addmm_(x.float().T, x.float(), alpha=1 / total)
-        self.count = total
+        x = x.float()
+        self.sum += x.T @ x
+        self.count += len(x)
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
-        merged = SecondMoments(len(self.mean), self.mean.device)
+        merged = SecondMoments(len(self.sum), self.sum.device)
+        merged.sum = self.sum + other.sum
         merged.count = self.count + other.count
-        if merged.count:
-            merged.mean = (self.mean * self.count + other.mean * other.count) / merged.count
         return merged
 
 
-def batches(calibration: Any) -> list[Batch]:
-    """Calibration data as one mapping of model inputs per sequence batch.
+def batches(calibration: Any) -> list[dict[str, Tensor]]:
+    """Calibration data as inputs of the model, a dictionary per batch.
 
     Args:
-        calibration: token ids (sequences, seq_len), an iterable of such, or an iterable of mappings with `input_ids`
-            and, where sequences are padded, `attention_mask`.
+        calibration: token ids (sequences, seq_len), an iterable of such or of single sequences, or an iterable of
+            mappings with `input_ids` and, where sequences are padded, `attention_mask`.
 
     Raises:
         TypeError: it is nothing of these.
         ValueError: it is empty.
     """
-    rows: Iterable[Any] = (
-        calibration.split(1) if isinstance(calibration, Tensor) and calibration.ndim == 2 else calibration
-    )
-    found: list[Batch] = []
-    for row in rows:
-        if isinstance(row, Tensor):
-            found.append({"input_ids": row if row.ndim == 2 else row[None]})
-        elif isinstance(row, Mapping) and "input_ids" in row:
-            found.append(dict(row))
-        else:
-            raise TypeError(f"calibration must hold token ids or mappings with input_ids, got {type(row).__name__}")
-    if not found:
+    if isinstance(calibration, Tensor) and calibration.ndim == 2:
+        calibration = calibration.split(max(1, _BATCH_TOKENS // max(1, calibration.shape[1])))
+    found = [_batch(part) for part in _iterate(calibration)]
+    if not sum(batch["input_ids"].numel() for batch in found):
         raise ValueError("calibration is empty; give token ids of a few thousand tokens")
     return found
 
 
+def num_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch that are no padding."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def _iterate(calibration: Any) -> Iterable[Any]:
+    if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping):
+        return calibration
+    raise TypeError(
+        f"calibration must be token ids (sequences, seq_len), or an iterable of token ids or mappings with input_ids; "
+        f"got {type(calibration).__name__}"
+    )
+
+
+def _batch(part: Any) -> dict[str, Tensor]:
+    if isinstance(part, Tensor):
+        part = {"input_ids": part if part.ndim == 2 else part[None]}
+    if not isinstance(part, Mapping) or not isinstance(part.get("input_ids"), Tensor):
+        raise TypeError(f"calibration must hold token ids or mappings with input_ids, got {type(part).__name__}")
+    if part["input_ids"].ndim != 2 or part["input_ids"].is_floating_point():
+        ids = part["input_ids"]
+        raise TypeError(f"token ids must be integers (sequences, seq_len), got {ids.dtype} {tuple(ids.shape)}")
+    # the base model computes no loss
+    return {name: tensor for name, tensor in part.items() if name != "labels"}
+
+
 @dataclass
 class BlockInputs:
-    """What every block is called with, for one batch: the hidden states that it changes, and what all blocks share.
+    """What every block is called with, for one batch: the hidden states that it changes, and what the model adds.
 
     Args:
-        hidden: (batch, seq, hidden): the input of the next block.
-        keywords: per block, its keyword arguments (masks, positions); blocks of one kind share the tensors.
+        hidden: (batch, seq, hidden), the input of the next block.
+        arguments, keywords: per block, what it is called with besides (masks, positions).
         mask: (batch, seq), true where a token is no padding; None where nothing is padded.
     """
 
     hidden: Tensor
+    mask: Tensor | None
     arguments: list[tuple[Any, ...]] = field(default_factory=list)
     keywords: list[dict[str, Any]] = field(default_factory=list)
-    mask: Tensor | None = None
 
     def run(self, index: int, block: nn.Module) -> Tensor:
         """Output of block `index` for these inputs."""
@@ -83,58 +107,108 @@ class BlockInputs:
 
 
 @torch.no_grad()
-def block_inputs(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> BlockInputs:
-    """One pass through the model, noting what each block is called with (models give each kind its own mask)."""
-    device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-    noted = BlockInputs(torch.empty(0), mask=None if mask is None or bool(mask.all()) else mask)
+def block_inputs(model: Any, blocks: Iterable[nn.Module], data: Iterable[Mapping[str, Tensor]]) -> list[BlockInputs]:
+    """One pass of every batch through the model, noting what its blocks are called with."""
+    known: list[Tensor] = []
+
+    def shared(value: Any) -> Any:
+        """`value`, or an equal tensor that was noted before: masks and positions mostly repeat."""
+        if not isinstance(value, Tensor):
+            return value
+        for tensor in known:
+            same_kind = tensor.shape == value.shape and tensor.dtype == value.dtype
+            if tensor is value or (same_kind and torch.equal(tensor, value)):
+                return tensor
+        known.append(value)
+        return value
 
     def note(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         keywords = dict(keywords)
         hidden, *rest = arguments or (keywords.pop("hidden_states"),)
         if not noted.keywords:
             noted.hidden = hidden
-        noted.arguments.append(tuple(rest))
-        noted.keywords.append(keywords)
+        noted.arguments.append(pytree.tree_map(shared, tuple(rest)))
+        noted.keywords.append(pytree.tree_map(shared, keywords))
 
+    found = []
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     try:
-        model(**inputs, use_cache=False)
+        for batch in data:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+            noted = BlockInputs(torch.empty(0), None if mask is None or bool(mask.all()) else mask)
+            # the base model: without the head there are no logits, which may be larger than all else
+            model.base_model(**inputs, use_cache=False)
+            found.append(noted)
     finally:
         for handle in handles:
             handle.remove()
-    return noted
+    return found
+
+
+class SharedInput(NamedTuple):
+    """Linears that a block gives one and the same tensor to, and how often in one pass."""
+
+    names: list[str]
+    calls: int
+
+
+def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], Any]) -> list[SharedInput]:
+    """The linears, grouped by their input, in the order in which `run` calls them; those that it does not call come last."""
+    # tensors are kept: the address of a freed one would be taken for the same input
+    inputs: list[tuple[Tensor, list[str]]] = []
+    calls: Counter[str] = Counter()
+
+    def note(name: str, x: Tensor) -> None:
+        calls[name] += 1
+        if calls[name] == 1:
+            for tensor, names in inputs:
+                if tensor is x:
+                    return names.append(name)
+            inputs.append((x, [name]))
+
+    with _before_calls(linears, note):
+        run()
+    groups = [*(names for _, names in inputs), *([name] for name in linears if name not in calls)]
+    return [SharedInput(names, calls[names[0]]) for names in groups]
+
+
+class _SeenAll(Exception):
+    """Ends a pass through a block that has nothing more to show."""
+
+
+def second_moments(linear: nn.Linear, calls: int, passes: Iterable[tuple[Callable[[], Any], Tensor | None]]) -> SecondMoments:
+    """Second moments of what `linear` is given in all of `passes`.
+
+    Args:
+        calls: of `linear` in each pass, which is ended after the last one.
+        passes: what to run, and its padding mask (batch, seq), true where a token counts.
+    """
+    moments = SecondMoments(linear.in_features, linear.weight.device)
+    for run, mask in passes:
+        left = calls
+
+        def take(_: str, x: Tensor) -> None:
+            nonlocal left
+            rows = x.reshape(-1, linear.in_features)
+            moments.update(rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()])
+            left -= 1
+            if left == 0:
+                raise _SeenAll
+
+        with _before_calls({"": linear}, take), suppress(_SeenAll):
+            run()
+    return moments
 
 
 @contextmanager
-def collecting(linears: Mapping[str, nn.Linear]) -> Iterator[tuple[dict[str, SecondMoments], list[Tensor | None]]]:
-    """Inside, every call of one of `linears` adds its inputs to its moments; linears of one input share the object.
-
-    Yields the moments by name, and a list whose one entry is the padding mask of the batch that is running.
-    """
-    moments: dict[str, SecondMoments] = {}
-    mask: list[Tensor | None] = [None]
-    # the inputs of this call, kept alive: a freed tensor's address would be taken for the same input
-    recent: list[tuple[Tensor, SecondMoments]] = []
-
-    def take(name: str, linear: nn.Linear, x: Tensor) -> None:
-        for tensor, shared in recent:
-            if tensor is x and (name not in moments or moments[name] is shared):
-                moments[name] = shared
-                return
-        mine = moments.setdefault(name, SecondMoments(linear.in_features, x.device))
-        rows = x if mask[0] is None or x.shape[:-1] != mask[0].shape else x[mask[0]]
-        mine.update(rows.reshape(-1, linear.in_features))
-        recent.append((x, mine))
-
-    def hook(name: str):
-        return lambda linear, arguments: take(name, linear, arguments[0])
+def _before_calls(linears: Mapping[str, nn.Linear], do: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def hook(name: str) -> Callable[..., None]:
+        return lambda linear, arguments: do(name, arguments[0])
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    clear = next(iter(linears.values())).register_forward_pre_hook(lambda *_: recent.clear(), prepend=True)
     try:
-        yield moments, mask
+        yield
     finally:
-        for handle in (*handles, clear):
+        for handle in handles:
             handle.remove()

