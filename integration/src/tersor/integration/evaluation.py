@@ -80,6 +80,17 @@ def _cache_nbytes(cache: Any) -> int:
     return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
 
 
+def forward_passes(model: Any, work: Callable[[], Any]) -> int:
+    """How often `model` is called while `work` is done."""
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        work()
+    finally:
+        handle.remove()
+    return len(calls)
+
+
 def peak_rss_bytes() -> int:
     """The largest resident memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

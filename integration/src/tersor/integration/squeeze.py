@@ -117,7 +117,7 @@ def _stages(
         "after": _side(after, runs, 1) | sizes,
         "agreement": _share_equal(before["predicted"], after["predicted"]),
         "prompts": runs["prompts"],
-        "decoding": {"exact": runs["exact"]},
+        "decoding": {"exact": runs["exact"], "tokens_per_pass": runs["tokens_per_pass"]},
         "versions": hardware.versions(),
         "hardware": hardware.description(),
         "job": job,
@@ -160,11 +160,15 @@ def compete(runners: list[tuple[Path, Plan]], text: str, options: Options, progr
     model, plan = loaded[-1]
     # the decoder must not change what is written: the same model and cache, one token at a time
     greedy = Plan(plan.name, {}, {package: recipe for package, recipe in plan.recipes.items() if package != "decoding"})
-    alone = evaluation.race([(model, greedy)], prompts, options.new_tokens, rounds=0, progress=progress)
+    passes = evaluation.forward_passes(
+        model, lambda: [plan.generate(model, p.to(model.device), options.new_tokens) for p in prompts]
+    )
+    alone = [greedy.generate(model, p.to(model.device), options.new_tokens)[0, p.shape[1] :].tolist() for p in prompts]
     return {
         "tokens_per_second": result.tokens_per_second,
         "prompt_latency_ms": result.prompt_latency_ms,
-        "exact": alone.texts[0] == result.texts[-1],
+        "exact": alone == result.texts[-1],
+        "tokens_per_pass": sum(map(len, alone)) / passes,
         "prompts": [
             {
                 "prompt": tokenizer.decode(prompt[0], skip_special_tokens=True),

@@ -176,9 +176,14 @@ def held_out_text(found: list[dict[str, str]]) -> str:
 
 
 def calibration_text(found: list[dict[str, str]], length: int = 120_000) -> str:
-    """The same mixture from the training split, in a fixed order: what `zoo/calibration.txt` holds."""
+    """The same mixture from the training split, in a fixed order: what `zoo/calibration.txt` holds.
+
+    Without the one source that may only be passed on under the GPL.
+    """
     parts = []
     for source in SOURCES:
+        if source.licence == "GPL-2.0+":
+            continue
         mine = [d for d in found if d["split"] == "train" and d["source"] == source.package]
         mine.sort(key=lambda d: hashlib.sha256(d["name"].encode()).digest())
         # pieces of several documents, so that no single one fills a source's share
