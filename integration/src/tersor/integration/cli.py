@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from tersor.integration.errors import UserError
 
-app = App(name="tersor", help="Make models cheaper to store, load and run.", version_flags=["--version"])
+app = App(name="tersor", help="Make models cheaper to store, load and run.", version_flags=["--version"], suppress_keyboard_interrupt=False)
 
 Progress = Callable[[int, int, str], None]
 Json = Annotated[bool, Parameter(negative=(), help="Print the result as JSON.")]
@@ -67,7 +67,7 @@ def squeeze(
     chosen = Plan.load(plan)
     target = out or Path(f"{Path(model).name}-{chosen.name}")
     was_done = finished(target) is not None and not overwrite
-    with _quiet_libraries(), _progress() as progress:
+    with _progress() as progress:
         report = run(model, chosen, target, options, progress, overwrite=overwrite)
     if was_done:
         _say(f"{target} was done already")
@@ -188,18 +188,6 @@ def _progress() -> Iterator[Progress]:
             bars.update(tasks[current], completed=done, description=what[-32:])
 
         yield show
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Without the progress bars of transformers, which would break ours; here and in the processes we start."""
-    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"), os.environ.get("TRANSFORMERS_VERBOSITY")
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
-    try:
-        yield
-    finally:
-        for name, value in zip(("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"), before, strict=True):
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _print_json(value: Any) -> None:

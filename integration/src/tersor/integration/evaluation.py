@@ -22,7 +22,7 @@ def windows(tokenizer: Any, text: str, num_tokens: int, seq_len: int) -> Tensor:
     Raises:
         ValueError: the text is too short for one window.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:num_tokens])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:num_tokens])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = seq_len - len(bos)
     count = len(ids) // body

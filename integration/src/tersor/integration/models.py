@@ -44,7 +44,9 @@ def load(directory: Path) -> Any:
     """The causal language model in `directory` in evaluation mode, with plain transformers calls."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would break ours
     if importlib.util.find_spec("tersor.quant"):
         import tersor.quant  # noqa: F401  registers our quantiser with transformers
 

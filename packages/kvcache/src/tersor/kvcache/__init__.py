@@ -1,1 +1,7 @@
-"""tersor."""
+"""KV-cache compression: `CompressedCache(config, recipe)`, a transformers `Cache` that stores fewer bytes per token."""
+
+from tersor.kvcache import recipes
+from tersor.kvcache.cache import CompressedCache
+from tersor.kvcache.recipe import Recipe
+
+__all__ = ["CompressedCache", "Recipe", "recipes"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModel(f"{type(model).__name__} has an encoder and a decoder; only decoders are supported")
     # a vision tower is a stack of blocks too
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", lambda: model)
+    decoder: nn.Module = get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     found: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules(prefix=prefix):

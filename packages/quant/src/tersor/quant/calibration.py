@@ -161,11 +161,13 @@ def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], Any]) -> l
 
     def note(name: str, x: Tensor) -> None:
         calls[name] += 1
-        if calls[name] == 1:
-            for tensor, names in inputs:
-                if tensor is x:
-                    return names.append(name)
-            inputs.append((x, [name]))
+        if calls[name] > 1:
+            return
+        for tensor, names in inputs:
+            if tensor is x:
+                names.append(name)
+                return
+        inputs.append((x, [name]))
 
     with _before_calls(linears, note):
         run()
@@ -173,30 +175,35 @@ def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], Any]) -> l
     return [SharedInput(names, calls[names[0]]) for names in groups]
 
 
+# what to run, and its padding mask (batch, seq), true where a token counts
+Pass = tuple[Callable[[], Any], Tensor | None]
+
+
 class _SeenAll(Exception):
     """Ends a pass through a block that has nothing more to show."""
 
 
-def second_moments(linear: nn.Linear, calls: int, passes: Iterable[tuple[Callable[[], Any], Tensor | None]]) -> SecondMoments:
+def second_moments(linear: nn.Linear, calls: int, passes: Iterable[Pass]) -> SecondMoments:
     """Second moments of what `linear` is given in all of `passes`.
 
     Args:
         calls: of `linear` in each pass, which is ended after the last one.
-        passes: what to run, and its padding mask (batch, seq), true where a token counts.
     """
     moments = SecondMoments(linear.in_features, linear.weight.device)
-    for run, mask in passes:
-        left = calls
 
+    def collecting(mask: Tensor | None, calls_left: int) -> Callable[[str, Tensor], None]:
         def take(_: str, x: Tensor) -> None:
-            nonlocal left
+            nonlocal calls_left
             rows = x.reshape(-1, linear.in_features)
             moments.update(rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()])
-            left -= 1
-            if left == 0:
+            calls_left -= 1
+            if not calls_left:
                 raise _SeenAll
 
-        with _before_calls({"": linear}, take), suppress(_SeenAll):
+        return take
+
+    for run, mask in passes:
+        with _before_calls({"": linear}, collecting(mask, calls)), suppress(_SeenAll):
             run()
     return moments
 

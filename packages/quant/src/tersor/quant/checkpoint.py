@@ -74,11 +74,12 @@ class TersorQuantizer(HfQuantizer):
             )
             model.set_submodule(name, layer)
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Raises UnsupportedCheckpoint where transformers only reports that tensors are missing or do not fit."""
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 _check_buffers(name, layer)
+        return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
         for name, layer in list(model.named_modules()):

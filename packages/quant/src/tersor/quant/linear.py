@@ -1,5 +1,7 @@
 """A linear layer whose weight is stored as packed codes."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +40,13 @@ class QuantizedLinear(nn.Module):
         if grid.symmetric:
             self.register_buffer("zero_points", None)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        # zero points as the kernel takes them, from the first call on: unpacking them costs as much as a small product
+        self._unpacked: Tensor | None = None
         # relative squared error of the outputs on the calibration data; known only in the process that quantised
         self.relative_error: float | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, codes: Tensor, params: IntParams, grid: IntGrid) -> "QuantizedLinear":
+    def from_linear(cls, linear: nn.Linear, codes: Tensor, params: IntParams, grid: IntGrid) -> Self:
         """The layer that stores `codes` (out, in) in place of the weight of `linear`, with its bias."""
         weight = linear.weight
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, grid, weight.device, weight.dtype)
@@ -81,11 +85,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored for the weight: codes, scales and zero points."""
+        """Bytes stored for the weight: codes, scales and zero points. At work, 2 more bytes are held for each group."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     @property
     def params(self) -> IntParams:
+        """Scales and zero points, as the grid takes them."""
         scale = self.scale_bits.view(torch.float16)
         if self.zero_points is None:
             return IntParams(scale, torch.full_like(scale, 2 ** (self.grid.bits - 1), dtype=torch.uint8))
@@ -96,10 +101,21 @@ class QuantizedLinear(nn.Module):
         return self.grid.decode(unpack_bits(self.codes, self.grid.bits, self.in_features), self.params)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.params
-        group_size = self.in_features // self.num_groups
-        y = dequant_matmul(x, self.codes, scale, zero_point.to(scale.dtype), self.grid.bits, group_size)
+        if self._unpacked is None:
+            # a tensor made in inference mode could not serve a later call that needs gradients
+            with torch.inference_mode(False):
+                self._unpacked = self.params.zero_point.half()
+        scale, group_size = self.scale_bits.view(torch.float16), self.in_features // self.num_groups
+        y = dequant_matmul(x, self.codes, scale, self._unpacked, self.grid.bits, group_size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._unpacked = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpacked = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

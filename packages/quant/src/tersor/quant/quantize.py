@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tersor.quant.blocks import UnsupportedModel, find_blocks, linears, matches
+from tersor.quant.blocks import find_blocks, linears, matches
 from tersor.quant.calibration import (
     BlockInputs,
+    Pass,
     SharedInput,
     batches,
     block_inputs,
@@ -80,8 +81,9 @@ def quantize(
                         progress(done, total, layer_name)
             # the last references to the weights that are now replaced
             found[index] = {}
-            for inputs in running:
-                inputs.hidden = inputs.run(index, block)
+            if index + 1 < len(blocks):
+                for inputs in running:
+                    inputs.hidden = inputs.run(index, block)
     return mark(model, recipe)
 
 
@@ -95,18 +97,19 @@ def _inputs(
     else:
         groups = [SharedInput([name], 0) for name in found]
     for names, calls in groups:
-        hessian = None
-        if passes:
-            moments = second_moments(found[names[0]], calls, passes)
-            if not moments.count:
-                raise ValueError(
-                    f"{names[0]} saw no token of the calibration data; give more of it, or skip the layer with "
-                    f"keep=[{names[0]!r}]"
-                )
-            hessian = moments.mean
-            if not hessian.isfinite().all():
-                raise ValueError(f"{names[0]}: its inputs on the calibration data hold NaN or infinity")
+        hessian = _hessian(names[0], found[names[0]], calls, passes) if passes else None
         yield {name: found[name] for name in names}, hessian
+
+
+def _hessian(name: str, linear: nn.Linear, calls: int, passes: list[Pass]) -> Tensor:
+    moments = second_moments(linear, calls, passes)
+    if not moments.count:
+        raise ValueError(
+            f"{name} saw no token of the calibration data; give more of it, or skip the layer with keep=[{name!r}]"
+        )
+    if not moments.sum.isfinite().all():
+        raise ValueError(f"{name}: its inputs on the calibration data hold NaN or infinity")
+    return moments.mean
 
 
 def _solve(layers: dict[str, nn.Linear], recipe: Recipe, hessian: Tensor | None) -> Iterator[QuantizedLinear]:
@@ -165,6 +168,13 @@ def _check(
     keep: Sequence[str],
 ) -> None:
     """Everything that could go wrong with the weights, before any of them is changed."""
+    derived = [n for n, m in blocks.named_modules(prefix=name) if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    if unsaid := [other for other in derived if not matches(other, keep)]:
+        warnings.warn(
+            f"{len(unsaid)} linears of classes of their own stay as they are: {unsaid[0]} and the like; "
+            f"say so with keep=[{unsaid[0].split('.')[-1]!r}]",
+            stacklevel=4,
+        )
     if not any(found):
         raise ValueError(f"no linear of {name} is left to quantise: keep={list(keep)} names all of them")
     for block_name, parameter in blocks.named_parameters(prefix=name):
@@ -186,7 +196,9 @@ def _check(
             if not linear.weight.isfinite().all():
                 raise ValueError(f"{full_name}: the weight holds NaN or infinity; mend the checkpoint, or {way_out}")
             if len(tied := owners[id(linear.weight)]) > 1:
-                raise NotImplementedError(f"{' and '.join(tied)} are one parameter, which is not supported yet; {way_out}")
+                raise NotImplementedError(
+                    f"{' and '.join(tied)} are one parameter, which is not supported yet; {way_out}"
+                )
 
 
 @contextmanager

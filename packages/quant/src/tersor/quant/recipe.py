@@ -13,7 +13,10 @@ class Solver(Protocol):
     needs_hessian: bool  # whether calibration data is needed
 
     def solve(self, weight: Tensor, grid: IntGrid, hessian: Tensor | None) -> Result:
-        """Codes and grid parameters for `weight` (out, in), given the second moments of its inputs (in, in)."""
+        """Codes and grid parameters for `weight` (out, in), given the second moments of its inputs (in, in).
+
+        Each row by itself: the walk stacks the weights of layers that share their inputs.
+        """
         ...
 
 

@@ -20,8 +20,12 @@ def gptq(
     bits: int = 4,
     group_size: int | None = 64,
     symmetric: bool = False,
-    order: _Literal["none", "act"] = "none",
+    order: _Literal["act", "none", "group"] = "act",
     damp: float = 0.01,
 ) -> _Recipe:
-    """GPTQ (arXiv:2210.17323): rounds column by column and lets later columns make up for the errors of earlier ones."""
+    """GPTQ (arXiv:2210.17323): rounds column by column and lets later columns make up for the errors of earlier ones.
+
+    Adds the solver `GPTQ`; the grid is that of `rtn`. `order="none"` is the paper's algorithm 1; rounding the columns
+    with the largest inputs first, as the authors' code can, loses less on every model tried.
+    """
     return _replace(rtn(bits, group_size, symmetric), solver=_GPTQ(damp, order))

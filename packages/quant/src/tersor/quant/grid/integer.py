@@ -64,7 +64,9 @@ class IntGrid:
         span = 2 * torch.maximum(-low, high) if self.symmetric else high - low
         scale = _float16_from_above(span / top)
         if not scale.isfinite().all():
-            raise ValueError(f"weights up to {float(span.max()):.3g} need scales beyond float16; divide them by a constant")
+            raise ValueError(
+                f"weights up to {float(span.max()):.3g} need scales beyond float16; divide them by a constant"
+            )
         # in a group of zeros any scale will do, but encode divides by it
         scale = scale.where(scale > 0, 1.0)
         half = torch.full_like(scale, 2 ** (self.bits - 1))

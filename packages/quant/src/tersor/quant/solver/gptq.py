@@ -21,23 +21,24 @@ class GPTQ:
 
     Args:
         damp: this share of the mean of H's diagonal is added to it; ten times more, thrice, if H is still singular.
-        order: of the columns. "none": as they stand. "act": by decreasing H_jj, so that the inputs that matter most are
-            rounded while most can still be corrected; groups are then fitted beforehand, on the original weights
-            (otherwise when their first column is reached, on weights that carry the corrections so far). "group": the
-            groups by their largest H_jj and the columns of each by H_jj, so that both hold.
+        order: of the columns. "act": by decreasing H_jj, so that the inputs that matter most are rounded while most can
+            still be corrected; groups are fitted beforehand, on the original weights. "none": as they stand; a group is
+            fitted when its first column is reached, on weights that carry the corrections so far. "group": the groups
+            by their largest H_jj and the columns of each by H_jj, fitted as in "none".
         block_size: columns whose corrections are applied to the rest at once; changes the time, not the result.
     """
 
     damp: float = 0.01
-    order: Literal["none", "act", "group"] = "none"
+    # KL divergence of Gemma-3-270M at 4 bits in groups of 64: act .066, group .074, none .091 (rounding to nearest .321)
+    order: Literal["act", "none", "group"] = "act"
     block_size: int = 128
     needs_hessian = True
 
     def __post_init__(self) -> None:
         if not self.damp > 0:
             raise ValueError(f"damp must be positive, got {self.damp}")
-        if self.order not in ("none", "act", "group"):
-            raise ValueError(f'order must be "none", "act" or "group", got {self.order!r}')
+        if self.order not in ("act", "none", "group"):
+            raise ValueError(f'order must be "act", "none" or "group", got {self.order!r}')
         if self.block_size < 1:
             raise ValueError(f"block_size must be positive, got {self.block_size}")
 
@@ -72,7 +73,9 @@ class GPTQ:
         damping = self.damp * mean if mean else mean + 1
         for _ in range(4):
             # rows and columns reversed: with L L^T = H there, U is the inverse of L reversed
-            lower, failed = torch.linalg.cholesky_ex((H + torch.diag(damping.expand(len(H)))).flip(0, 1))
+            lower = H.flip(0, 1)
+            lower.diagonal().add_(damping)
+            lower, failed = torch.linalg.cholesky_ex(lower)
             if not failed and lower.isfinite().all():
                 eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
                 return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
