@@ -11,6 +11,9 @@ nox.options.sessions = ["tests", "lint", "types"]
 
 ROOT = Path(__file__).parent
 MEMBERS = ["kernels", *sorted(f"packages/{p.name}" for p in (ROOT / "packages").iterdir() if p.is_dir()), "integration"]
+WORKSPACE = ["uv", "run", "--all-packages"]  # with what each member's own tests need
+# tests start many processes: without compiled modules each would take ten seconds more to import transformers
+ENV = {"PYTHONDONTWRITEBYTECODE": None}
 
 
 def _distribution(member: str) -> str:
@@ -20,7 +23,7 @@ def _distribution(member: str) -> str:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Every test of every package, in the workspace environment."""
-    session.run("uv", "run", "pytest", *session.posargs)
+    session.run(*WORKSPACE, "pytest", *session.posargs, env=ENV)
 
 
 @nox.session
@@ -28,7 +31,7 @@ def alone(session: nox.Session) -> None:
     """Each package's own tests with only that package and what it declares: proves that users can install just one."""
     for member in session.posargs or MEMBERS:
         package = ["uv", "run", "--isolated", "--exact", "--package", _distribution(member)]
-        session.run(*package, "pytest", member)
+        session.run(*package, "pytest", member, env=ENV)
 
 
 @nox.session
@@ -39,7 +42,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    session.run("uv", "run", "basedpyright", "--level", "error")
+    session.run(*WORKSPACE, "basedpyright", "--level", "error")
 
 
 @nox.session
@@ -48,7 +51,7 @@ def bench(session: nox.Session) -> None:
     files = session.posargs or [
         str(path) for path in sorted(ROOT.glob("**/benchmarks/bench_*.py")) if ".venv" not in path.parts
     ]
-    session.run("uv", "run", "pytest", "--benchmark-only", "--benchmark-json=benchmarks.json", "-m", "not gpu", *files)
+    session.run(*WORKSPACE, "pytest", "--benchmark-only", "--benchmark-json=benchmarks.json", "-m", "not gpu", *files)
 
 
 @nox.session

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tersor.datadistill import distill, recipes
 from tersor.datadistill.evaluation import ConvNet, Evaluator
+from tersor.datadistill.examples import Examples
 
 SELECTIONS = [recipes.random, recipes.herding]
 selections = pytest.mark.parametrize("recipe", SELECTIONS, ids=lambda r: r.__name__)
@@ -89,12 +90,29 @@ def test_what_cannot_be_distilled_says_why():
         distill(few, recipes.infobatch())
     with pytest.raises(ValueError, match="the data set is empty"):
         distill(TensorDataset(images[:0], images[:0, 0]), recipes.random())
-    with pytest.raises(TypeError, match="labels must be class numbers"):
-        distill(TensorDataset(images, images[:, 0]), recipes.random())
+    with pytest.raises(TypeError, match=r"labels must be class numbers \(examples,\), got shape \(7, 3\)"):
+        distill(TensorDataset(images, images), recipes.random())
     with pytest.raises(TypeError, match=r"pairs \(tensor, class number\)"):
         distill(TensorDataset(images), recipes.random())
+    with pytest.raises(TypeError, match=r"pairs \(tensor, class number\)"):
+        distill([(torch.zeros(2), 0), (0.0, 0)], recipes.random())
     with pytest.raises(ValueError, match="2 different shapes"):
         distill([(torch.zeros(2), 0), (torch.zeros(3), 0)], recipes.random())
+
+
+@pytest.mark.parametrize("label", [1.5, float("inf"), float("nan")])
+def test_labels_that_are_not_whole_are_named_and_not_truncated(label):
+    images, labels = torch.randn(3, 2), [0.0, label, 1.0]
+    for dataset in (list(zip(images, labels)), TensorDataset(images, torch.tensor(labels))):
+        with pytest.raises(ValueError, match=f"labels must be whole numbers, got {label} at index 1"):
+            Examples.of(dataset)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_whole_labels_of_any_dtype_are_class_numbers(dtype):
+    images, labels = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    for dataset in (list(zip(images, labels.to(dtype))), TensorDataset(images, labels.to(dtype))):
+        assert torch.equal(Examples.of(dataset).labels, labels)
 
 
 EVALUATOR = Evaluator(ConvNet(depth=2, width=16), steps=120, lr=0.05)
@@ -135,15 +153,9 @@ def test_evaluation_is_reproducible_and_leaves_the_random_state_alone(digits):
     assert first == second
     assert first.each[0] != first.each[1]
     assert torch.equal(torch.random.get_rng_state(), state)
-    alone = Evaluator(ConvNet(depth=1, width=4), seeds=(4,), steps=5).evaluate(small._decoded, first_examples(test))
+    alone = Evaluator(ConvNet(depth=1, width=4), seeds=(4,), steps=5).evaluate(small._decoded, Examples.of(test))
     assert alone.each == first.each[1:]  # a seed's network does not depend on the other seeds
     assert alone.std == 0
-
-
-def first_examples(dataset):
-    from tersor.datadistill.examples import Examples
-
-    return Examples.of(dataset)
 
 
 def test_evaluation_refuses_what_it_cannot_judge(digits):

@@ -163,6 +163,24 @@ def test_your_own_sampler_is_filtered_in_its_order():
     assert len(seen) == 30 - 15 + round(7.5)
 
 
+@pytest.mark.parametrize("order", [[], [5, 7]], ids=["empty", "less than a batch"])
+def test_your_own_sampler_may_give_no_batch(order):
+    batches = sample(
+        TensorDataset(torch.arange(30)), recipes.infobatch(), epochs=3, batch_size=4, sampler=order, drop_last=True
+    )
+    assert [list(batches), list(batches)] == [[], []]
+
+
+@pytest.mark.parametrize("epochs", [7, 100])
+def test_the_share_of_epochs_that_skip_has_no_rounding_error(epochs):
+    def skips(delta, epoch):
+        return not SoftPrune(delta=delta).select(torch.arange(8.0), epoch, epochs, torch.Generator()).keep.all()
+
+    for n in range(1, epochs):
+        assert skips(n / epochs, n - 1)
+        assert not skips(n / epochs, n)
+
+
 def test_length_is_that_of_the_epoch():
     batches = sample(TensorDataset(torch.arange(50)), recipes.infobatch(), epochs=3, batch_size=8)
     short = sample(TensorDataset(torch.arange(50)), recipes.infobatch(), epochs=3, batch_size=8, drop_last=True)
@@ -206,6 +224,10 @@ def test_a_resumed_run_goes_on_with_the_same_bits():
     assert run(resumed, 3) == rest
     assert resumed.stats == straight.stats
     assert torch.equal(resumed.scores, straight.scores)
+    short = sample(TensorDataset(torch.arange(60)), recipes.infobatch(), epochs=2, batch_size=8)
+    short.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="all 2 epochs are done"):
+        list(short)
     with pytest.raises(ValueError, match="state is of 60 examples, the data set has 5"):
         sample(TensorDataset(torch.arange(5)), recipes.infobatch(), epochs=2, batch_size=2).load_state_dict(state)
 

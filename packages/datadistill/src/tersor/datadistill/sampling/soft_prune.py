@@ -15,12 +15,12 @@ class SoftPrune:
     The expected weighted sum of gradients is that over all examples. Nothing is skipped before an example's first loss,
     nor in the last 1 - delta of the epochs.
 
-    Source: arXiv:2303.04947, section 3. The paper weights by 1 / (1 - r); its code keeps int((1 - r) n) examples, for
-    which n / kept is the exact weight.
+    Source: arXiv:2303.04947, section 3. The paper and its code weight by 1 / (1 - r); n / kept is the exact weight
+    whatever the rounding. The code keeps int((1 - r) n) examples, here it is the nearest number, at least one.
 
     Args:
         r: share that is skipped of the examples below the mean, 0 <= r < 1.
-        delta: share of the epochs that skip, rounded down to whole epochs.
+        delta: share of the epochs, from the first, that may skip, rounded down to whole epochs.
         ema: score = ema * old score + (1 - ema) * loss.
     """
 
@@ -41,7 +41,8 @@ class SoftPrune:
     def select(self, scores: Tensor, epoch: int, epochs: int, generator: torch.Generator) -> Kept:
         keep, weight = torch.ones_like(scores, dtype=torch.bool), torch.ones_like(scores)
         low = (scores < scores.nanmean()).nonzero()[:, 0]  # NaN is below nothing
-        if epoch >= int(self.delta * epochs) or not self.r or not len(low):
+        # a quotient, because int(0.29 * 100) is 28
+        if (epoch + 1) / epochs > self.delta or not self.r or not len(low):
             return Kept(keep, weight)  # without a draw: the order of the epoch is that of plain training
         kept = max(1, round((1 - self.r) * len(low)))
         order = low[torch.randperm(len(low), generator=generator)]
