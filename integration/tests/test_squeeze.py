@@ -215,7 +215,9 @@ def test_a_killed_squeeze_leaves_nothing_or_all_and_a_rerun_succeeds(small_model
 
 
 def test_interrupting_says_how_to_go_on(small_model, tmp_path):
-    arguments = [*COMMAND, "squeeze", str(small_model), "--out", "out"]
+    # a job in the background would ignore the signal
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    arguments = [sys.executable, "-c", listen + COMMAND[-1], "squeeze", str(small_model), "--out", "out"]
     process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not (tmp_path / ".out.partial/job.json").exists():
         assert process.poll() is None

@@ -17,7 +17,7 @@ from tersor.lossless.container import Frames
 from tersor.lossless.errors import LosslessError
 
 PACK_SLOWLY = """
-import sys, time
+import signal, sys, time
 from tersor.lossless import Recipe, pack
 from tersor.lossless.container import Frames
 
@@ -25,6 +25,7 @@ def progress(done, total):
     print(done, flush=True)
     time.sleep(0.2)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 pack(sys.argv[1], sys.argv[2], Recipe(container=Frames(10)), progress=progress, threads=2)
 """
 

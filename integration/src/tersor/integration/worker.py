@@ -59,7 +59,7 @@ def _interrupts_held_back() -> Iterator[None]:
         if in_main_thread:
             signal.signal(signal.SIGINT, usual)
     if pending:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
