@@ -31,12 +31,13 @@ ROWS: dict[str, tuple[str, str, bool]] = {
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str, bool]]:
-    """Title, before, after, after/before, and whether it got better: one row per figure."""
+    """Title, before, after, after/before, and whether that, as it is shown, is no worse: one row per figure."""
     table = []
     for key, (title, form, less_is_better) in ROWS.items():
         before, after = report["before"][key], report["after"][key]
-        better = after <= before if less_is_better else after >= before
-        table.append((title, form.format(before), form.format(after), f"{after / before:.2f}×", better))
+        ratio = round(after / before, 2)
+        no_worse = ratio <= 1 if less_is_better else ratio >= 1
+        table.append((title, form.format(before), form.format(after), f"{ratio:.2f}×", no_worse))
     return table
 
 
