@@ -1,7 +1,8 @@
 """Where a model comes from: every name becomes a local directory of safetensors, so that sizes are read off files."""
 
 import importlib.util
-import os
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from tersor.integration import zoo
 from tersor.integration.errors import UserError, near_match
+from tersor.integration.zoo.data.cache import directory as cache_directory
 
 # No bfloat16 arithmetic on most CPUs: the same weights run faster in float32, and rounding does not flip greedy ties.
 CPU_DTYPE = "float32"
@@ -22,19 +24,31 @@ def names() -> list[str]:
 
 
 def locate(name: str) -> Path:
-    """The local directory of model `name`: shipped, packaged, a directory, or a hub id (downloaded once).
+    """The local directory of language model `name`: shipped, packaged, a directory, or a hub id (downloaded once).
 
     Raises:
-        UserError: nothing of that name.
+        UserError: nothing of that name, or no language model.
     """
+    directory = _find(name)
+    config = directory / "config.json"
+    if not config.is_file():
+        raise UserError(f"{name} holds no config.json: not a model directory of transformers")
+    for architecture in json.loads(config.read_text()).get("architectures") or []:
+        # ViTForImageClassification: what follows "For" is the task; GPT2LMHeadModel and its like name none
+        task = architecture.partition("For")[2]
+        if task not in ("", "CausalLM", "ConditionalGeneration"):
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", task).lower()
+            raise UserError(f"{name} is a model for {words}; squeeze takes a causal language model")
+    return directory
+
+
+def _find(name: str) -> Path:
     if name in zoo.names():
         return zoo.path(name)
     if name in _PACKAGED:
         return _PACKAGED[name]()
     directory = Path(name).expanduser()
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"{name} holds no config.json: not a model directory of transformers")
         return directory
     if name.count("/") == 1 and not name.startswith(("/", "./", "../", "~")):
         return _download(name)
@@ -93,7 +107,7 @@ def _download(name: str) -> Path:
 
 def _gemma() -> Path:
     """Gemma-3-270M as bf16 safetensors, converted once from the packaged GGUF into the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tersor"
+    cache = cache_directory()
     target = cache / "gemma-3-270m"
     if target.is_dir():
         return target

@@ -1,7 +1,9 @@
 """Small trained models that ship with tersor, and texts to measure with. Loading needs no package but transformers."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from tersor.integration.errors import UserError, near_match
 
@@ -24,6 +26,24 @@ def path(name: str) -> Path:
     folder = _HERE / name.replace("-", "_")
     verify(folder)
     return folder
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model `name` in float32, on the CPU and in evaluation mode, and its tokenizer or image processor.
+
+    Raises:
+        UserError: as `path`.
+    """
+    import torch
+    import transformers
+
+    folder = path(name)
+    # LlamaForCausalLM is loaded by AutoModelForCausalLM, and so is every other class by what its name ends in
+    task = json.loads((folder / "config.json").read_text())["architectures"][0].partition("For")[2]
+    model = getattr(transformers, f"AutoModelFor{task}").from_pretrained(folder, dtype=torch.float32).eval()
+    has_pictures = (folder / "preprocessor_config.json").is_file()
+    auto = transformers.AutoImageProcessor if has_pictures else transformers.AutoTokenizer
+    return model, auto.from_pretrained(folder)
 
 
 def verify(folder: Path) -> None:

@@ -116,6 +116,8 @@ def _string_vectors(database: bytes) -> Iterator[list[str]]:
     while position < len(database):
         stream = zlib.decompressobj()
         record = stream.decompress(database[position + 4 :])
+        if not stream.eof:
+            raise zlib.error("the database ends within a record")
         position = len(database) - len(stream.unused_data)
         if (strings := _strings(record)) is not None:
             yield strings
