@@ -21,3 +21,9 @@ def tersor(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return run
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """The user's cache directory, moved to an empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

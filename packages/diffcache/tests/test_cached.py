@@ -21,17 +21,6 @@ GRANULARITIES = [getattr(granularity, name)() for name in granularity.__all__]
 by_granularity = pytest.mark.parametrize("pieces", GRANULARITIES, ids=lambda piece: type(piece).__name__)
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def model():
-    return ToyDiT().eval()
-
-
 def sample(batch: int = 2, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 1, 8, 8, generator=generator), torch.arange(batch) % 4

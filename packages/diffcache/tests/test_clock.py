@@ -9,17 +9,6 @@ from tersor.diffcache.clock import MAX_CONTEXTS, CallReader, Clock, Named
 from tersor.diffcache.testing import ToyDiT, euler
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def model():
-    return ToyDiT().eval()
-
-
 class Denoiser(nn.Module):
     def forward(self, x, t=None, y=None, **kwargs):
         return x

@@ -19,7 +19,23 @@ class AffineCodes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PerChannel:
+class _Affine:
+    bits: int = 4
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be 1 to 8, got {self.bits}")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be 1 or more, got {self.group_size}")
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class PerChannel(_Affine):
     """Each channel is quantised over `group_size` consecutive tokens. For keys: their outliers sit in fixed channels.
 
     Source: arXiv:2402.02750, section 3.2. Scale and minimum are stored in 16 bits: in the dtype of the model if it has
@@ -34,12 +50,6 @@ class PerChannel:
         group_size: consecutive tokens that share a scale in each channel.
     """
 
-    bits: int = 4
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        _check(self.bits, self.group_size)
-
     @property
     def token_group(self) -> int:
         return self.group_size
@@ -47,10 +57,6 @@ class PerChannel:
     @property
     def channel_group(self) -> int:
         return 1
-
-    @property
-    def lossless(self) -> bool:
-        return False
 
     def encode(self, x: Tensor) -> AffineCodes:
         groups = x.unflatten(2, (-1, self.group_size))  # (batch, heads, groups, group_size, head_dim)
@@ -69,7 +75,7 @@ class PerChannel:
 
 
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(_Affine):
     """Each token is quantised over groups of `group_size` channels. For values: errors stay within the token.
 
     Source: arXiv:2402.02750, section 3.2; rounding of scale and minimum as in `PerChannel`.
@@ -79,12 +85,6 @@ class PerToken:
         group_size: neighbouring channels that share a scale; must divide head_dim.
     """
 
-    bits: int = 4
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        _check(self.bits, self.group_size)
-
     @property
     def token_group(self) -> int:
         return 1
@@ -92,10 +92,6 @@ class PerToken:
     @property
     def channel_group(self) -> int:
         return self.group_size
-
-    @property
-    def lossless(self) -> bool:
-        return False
 
     def encode(self, x: Tensor) -> AffineCodes:
         groups = x.unflatten(-1, (-1, self.group_size))  # (batch, heads, seq, groups, group_size)
@@ -126,10 +122,3 @@ def _quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def _dequantise(q: Tensor, codes: AffineCodes, dtype: torch.dtype) -> Tensor:
     # in float32: a bfloat16 product would lose about half a step at 8 bits
     return q.float().mul_(codes.scale).add_(codes.minimum).to(dtype)
-
-
-def _check(bits: int, group_size: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be 1 to 8, got {bits}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be 1 or more, got {group_size}")
