@@ -7,10 +7,6 @@ Whatever is drawn depends on the seed and the step alone, so a run that was stop
 """
 
 import argparse
-import hashlib
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ResNetConfig, ViTConfig, ViTImageProcessor
 
-from tersor.integration import hardware
-from tersor.integration.errors import UserError
 from tersor.integration.zoo.data import fashion_mnist
 from tersor.integration.zoo.data.fashion import CLASSES
 from tersor.integration.zoo.training import image_card
-from tersor.integration.zoo.training.muon import Muon
+from tersor.integration.zoo.training.run import Progress, Run, cosine, device, optimizers, write_record, write_sums
 
 MEAN, STD = 0.286, 0.353  # of the training pixels, from 0 for black to 1 for white
 _DATA = {"num_channels": 1, "id2label": dict(enumerate(CLASSES)), "label2id": {n: i for i, n in enumerate(CLASSES)}}
@@ -105,90 +99,59 @@ TINY_CNN = Training(
 TRAININGS = {training.name: training for training in (TINY_VIT, TINY_CNN)}
 
 
-class Run:
-    """A training in folder `run`, from the start or from its checkpoint.
+class Images:
+    """The training images of one run and its batches, each drawn from the seed and the step alone.
 
     Args:
         images: (n, 28, 28), uint8.
         labels: (n,), int64.
-
-    Raises:
-        UserError: the checkpoint there is another training's.
     """
 
-    def __init__(self, training: Training, run: Path, images: Tensor, labels: Tensor, seed: int) -> None:
-        self.training, self.checkpoint, self.seed = training, run / "checkpoint.pt", seed
-        self.settings = f"{training}, seed {seed}, {len(images)} images"
-        self.images, self.labels = images, labels
-        with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
-            torch.manual_seed(seed)
-            model: Any = AutoModelForImageClassification.from_config(training.config)
-        self.model = model.to(memory_format=torch.channels_last).train()
-        self.optimizers = optimizers(model, training)
-        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+    def __init__(self, training: Training, images: Tensor, labels: Tensor, seed: int) -> None:
+        self.training, self.images, self.labels, self.seed = training, images, labels, seed
         self.steps_per_epoch = len(images) // training.batch_size
         self.steps = training.epochs * self.steps_per_epoch
-        self.step, self.spent = 0, 0.0
-        if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, weights_only=True)
-            if saved["settings"] != self.settings:
-                raise UserError(
-                    f"{self.checkpoint} is of a run with other settings or another seed; use another folder"
-                )
-            self.model.load_state_dict(saved["model"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(state)
-            self.step, self.spent = saved["step"], saved["spent"]
 
-    def save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
-        beside = self.checkpoint.with_suffix(".new")
-        torch.save(state | {"settings": self.settings, "step": self.step, "spent": self.spent}, beside)
-        beside.replace(self.checkpoint)
-
-    def advance(self) -> float:
-        """One step; returns its loss."""
-        share = rate(self.step / self.steps, self.training.warmup)
-        for group, highest in zip([g for o in self.optimizers for g in o.param_groups], self.rates):
-            group["lr"] = highest * share
-        images, labels = self.batch()
-        logits = self.model(normalise(images).contiguous(memory_format=torch.channels_last)).logits
-        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.training.label_smoothing)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        return loss.item()
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Images and labels of this step: each image once an epoch, but for the remainder of the last batch."""
-        epoch, number = divmod(self.step, self.steps_per_epoch)
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of `step`: each image once an epoch, but for the remainder of the last batch."""
+        epoch, number = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         rows = torch.from_numpy(order[number * self.training.batch_size :][: self.training.batch_size])
         images = augment(self.images[rows], self.training.shift, self.training.mirrored, [self.seed, epoch, number])
         return images, self.labels[rows]
 
 
-def optimizers(model: torch.nn.Module, training: Training) -> list[torch.optim.Optimizer]:
-    inside = {n: p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("classifier")}
-    others = [p for n, p in model.named_parameters() if training.muon_rate is None or n not in inside]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, training.learning_rate, training.betas)]
-    if training.muon_rate is not None:
-        found.append(Muon(inside.values(), lr=training.muon_rate, weight_decay=training.weight_decay))
-    return found
+def start(training: Training, folder: Path, images: Tensor, labels: Tensor, seed: int) -> Run:
+    """The run of `training` in `folder`, from the start or from its checkpoint."""
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
+        torch.manual_seed(seed)
+        model: Any = AutoModelForImageClassification.from_config(training.config)
+    where = device()
+    model = model.to(where, memory_format=torch.channels_last).train()
+    source = Images(training, images, labels, seed)
 
+    def loss(step: int) -> Tensor:
+        pictures, wanted = source.batch(step)
+        pixels = normalise(pictures).contiguous(memory_format=torch.channels_last).to(where)
+        logits = model(pixels).logits
+        return torch.nn.functional.cross_entropy(logits, wanted.to(where), label_smoothing=training.label_smoothing)
 
-def rate(done: float, warmup: float) -> float:
-    """The learning rate as a share of the largest, when the share `done` of the steps is done."""
-    if done < warmup:
-        return (done + 1e-3) / (warmup + 1e-3)
-    return (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+    return Run(
+        folder,
+        f"{training}, seed {seed}, {len(images)} images",
+        model,
+        optimizers(
+            model,
+            training.learning_rate,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+            muon_rate=training.muon_rate,
+            outside=("classifier",),
+        ),
+        source.steps,
+        loss,
+        lambda done: cosine(done, training.warmup),
+    )
 
 
 def augment(images: Tensor, shift: int, mirrored: float, seed: list[int]) -> Tensor:
@@ -228,25 +191,15 @@ def read(split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.tensor(rows["label"])
 
 
-def train(training: Training, folder: Path, progress: Callable[[int, int, str], None], seed: int = 0) -> dict[str, Any]:
+def train(training: Training, folder: Path, progress: Progress, seed: int = 0) -> dict[str, Any]:
     """Train in `folder`, or go on there; returns the figures that the card in `folder`/model states.
 
     Args:
         progress: called with (done, total, what).
     """
     images, labels = read("train")
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run(training, folder, images, labels, seed)
-    before, started, last_save = run.spent, time.monotonic(), time.monotonic()
-    while run.step < run.steps:
-        loss = run.advance()
-        run.spent = before + time.monotonic() - started
-        if run.step % 50 == 0:
-            progress(run.step, run.steps, f"loss {loss:.3f}, {run.spent / 60:.1f} minutes")
-        if time.monotonic() - last_save > 60:
-            run.save()
-            last_save = time.monotonic()
-    run.save()
+    run = start(training, folder, images, labels, seed)
+    run.finish(progress)
     ship(run.model, folder / "model")
     test_images, test_labels = read("test")
     shipped = AutoModelForImageClassification.from_pretrained(folder / "model", dtype=torch.float32).eval()
@@ -256,12 +209,10 @@ def train(training: Training, folder: Path, progress: Callable[[int, int, str], 
         "images": len(images),
         "parameters": shipped.num_parameters(),
         "nbytes": (folder / "model/model.safetensors").stat().st_size,
-        "steps": run.steps,
         "seed": seed,
-        "minutes": run.spent / 60,
-        "threads": torch.get_num_threads(),
-        "processor": hardware.description()["processor"],
+        **run.figures(),
     }
+    write_record(folder / "model", run.figures(), seed)
     (folder / "model/README.md").write_text(image_card.card(training, figures))
     return figures
 
@@ -274,12 +225,7 @@ def ship(model: Any, folder: Path) -> None:
         do_resize=False, size={"height": 28, "width": 28}, image_mean=[MEAN], image_std=[STD], do_convert_rgb=False
     )
     processor.save_pretrained(folder)
-    sums = [
-        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
-        for file in sorted(folder.iterdir())
-        if file.suffix in (".json", ".safetensors")
-    ]
-    (folder / "SHA256SUMS").write_text("".join(sums))
+    write_sums(folder)
 
 
 def main() -> None:
