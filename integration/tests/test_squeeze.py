@@ -87,7 +87,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tersor.integration import evaluation, zoo
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
-text = (Path(zoo.__file__).parent / "held_out.txt").read_text()
+text = zoo.held_out_text()
 print(repr(evaluation.read(model, evaluation.windows(tokenizer, text, 2048, 512)).perplexity))
 """
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -1,17 +1,16 @@
 """The `tersor` command. Results go to standard output, all else to standard error; nothing heavy is imported here."""
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
 
+from tersor.integration.console import Json, print_json, progress_bars, say
 from tersor.integration.errors import UserError
+from tersor.integration.zoo.commands import app as zoo_app
 
 app = App(
     name="tersor",
@@ -20,8 +19,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-Progress = Callable[[int, int, str], None]
-Json = Annotated[bool, Parameter(negative=(), help="Print the result as JSON.")]
+app.command(zoo_app)
 
 
 @app.command
@@ -72,11 +70,11 @@ def squeeze(
     chosen = Plan.load(plan)
     target = out or Path(f"{Path(model).name}-{chosen.name}")
     was_done = finished(target) is not None and not overwrite
-    with _progress() as progress:
+    with progress_bars() as progress:
         report = run(model, chosen, target, options, progress, overwrite=overwrite)
     if was_done:
-        _say(f"{target} was done already")
-    _print_json(report) if json else _print_report(report, target)
+        say(f"{target} was done already")
+    print_json(report) if json else _print_report(report, target)
 
 
 @app.command
@@ -98,7 +96,7 @@ def methods(
 
     found = catalogue.methods(package)
     if json:
-        _print_json([asdict(method) for method in found])
+        print_json([asdict(method) for method in found])
     elif markdown:
         print(_markdown(found))
     else:
@@ -120,9 +118,9 @@ def pack(source: Path, target: Path, *, overwrite: Annotated[bool, Parameter(neg
     """
     from tersor.lossless import pack as run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         run(source, target, overwrite=overwrite, progress=lambda done, total: progress(done, total, "packing"))
-    _say(f"{target}: {target.stat().st_size:,} bytes")
+    say(f"{target}: {target.stat().st_size:,} bytes")
 
 
 @app.command
@@ -140,9 +138,9 @@ def unpack(source: Path, target: Path, *, overwrite: Annotated[bool, Parameter(n
     """
     from tersor.lossless import unpack as run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         run(source, target, overwrite=overwrite, progress=lambda done, total: progress(done, total, "unpacking"))
-    _say(f"restored {target}")
+    say(f"restored {target}")
 
 
 def main() -> None:
@@ -153,7 +151,7 @@ def main() -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from here")
+        say("interrupted; the same command goes on from here")
         raise SystemExit(130) from None
     except BrokenPipeError:  # `tersor methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,37 +164,8 @@ def main() -> None:
 def _fail(message: str, error: Exception, debug: bool) -> None:
     if debug:
         raise error
-    _say(f"error: {message.splitlines()[0]}")
+    say(f"error: {message.splitlines()[0]}")
     raise SystemExit(2)
-
-
-def _say(line: str) -> None:
-    print(f"tersor: {line}", file=sys.stderr)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar per kind of work on standard error; nothing where that is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[int, Any] = {}
-
-        def show(done: int, total: int, what: str) -> None:
-            # one bar at a time: a new one begins when the count starts again
-            current = len(tasks) - 1
-            if current < 0 or done <= bars.tasks[current].completed or total != bars.tasks[current].total:
-                current += 1
-                tasks[current] = bars.add_task(what, total=total)
-            bars.update(tasks[current], completed=done, description=what[-32:])
-
-        yield show
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
 
 
 def _print_report(report: dict[str, Any], target: Path) -> None:

@@ -11,11 +11,10 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tersor.integration import hardware, models
+from tersor.integration import hardware, models, zoo
 from tersor.integration.errors import UserError
 from tersor.integration.plan import Plan
 from tersor.integration.worker import run_apart
@@ -183,7 +182,7 @@ def _shrink(source: Path, plan: Plan, folder: Path, options: Options, progress: 
     from tersor.integration import evaluation
 
     model, tokenizer = models.load(source), models.load_tokenizer(source)
-    calibration = Path(options.calibration).read_text() if options.calibration else _shipped("calibration.txt")
+    calibration = Path(options.calibration).read_text() if options.calibration else zoo.calibration_text()
     rows = evaluation.windows(tokenizer, calibration, options.calibration_tokens, options.seq_len)
     model = plan.apply(model, rows.to(model.device), progress=progress)
     # parameters that were not quantised go back to the dtype they were read from: no bits are lost, half are saved
@@ -225,11 +224,7 @@ def _share_equal(a: list[int], b: list[int]) -> float:
 
 
 def _texts(options: Options) -> str:
-    return Path(options.text).read_text() if options.text else _shipped("held_out.txt")
-
-
-def _shipped(name: str) -> str:
-    return files("tersor.integration").joinpath("zoo", name).read_text()
+    return Path(options.text).read_text() if options.text else zoo.held_out_text()
 
 
 def _write_report(work: Path, report: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""Small trained models that ship with tersor, and texts to measure with. Loading needs no package but transformers."""
+"""Small trained models that ship with tersor, and texts to measure with.
+
+This file, and those of models whose class is our own, import nothing of tersor: the tests of every package load them
+from the repository, where torch, transformers and safetensors suffice.
+"""
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-from tersor.integration.errors import UserError, near_match
-
 _HERE = Path(__file__).parent
+# where classes live that transformers does not have
+_OWN = {"DiT": ".dit"}
 
 
 def names() -> list[str]:
@@ -19,41 +24,58 @@ def path(name: str) -> Path:
     """The directory of model `name`, for `from_pretrained`.
 
     Raises:
-        UserError: no such model, or its files are not what was shipped.
+        ValueError: no such model.
+        OSError: its files are not what was shipped.
     """
     if name not in names():
-        raise UserError(f"no model {name!r} in the zoo{near_match(name, names())}")
+        raise ValueError(f"no model {name!r} in the zoo; there are: {', '.join(names())}")
     folder = _HERE / name.replace("-", "_")
     verify(folder)
     return folder
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """Model `name` in float32, on the CPU and in evaluation mode, and its tokenizer or image processor.
+    """Model `name` in float32, on the CPU and in evaluation mode, and its tokenizer or image processor if it has one.
 
     Raises:
-        UserError: as `path`.
+        ValueError, OSError: as `path`.
     """
     import torch
     import transformers
 
     folder = path(name)
-    # LlamaForCausalLM is loaded by AutoModelForCausalLM, and so is every other class by what its name ends in
-    task = json.loads((folder / "config.json").read_text())["architectures"][0].partition("For")[2]
-    model = getattr(transformers, f"AutoModelFor{task}").from_pretrained(folder, dtype=torch.float32).eval()
-    has_pictures = (folder / "preprocessor_config.json").is_file()
-    auto = transformers.AutoImageProcessor if has_pictures else transformers.AutoTokenizer
-    return model, auto.from_pretrained(folder)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    if architecture in _OWN:
+        auto = getattr(importlib.import_module(_OWN[architecture], __name__), architecture)
+    else:
+        # LlamaForCausalLM is loaded by AutoModelForCausalLM, and so is every other class by what its name ends in
+        auto = getattr(transformers, f"AutoModelFor{architecture.partition('For')[2]}")
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    if (folder / "preprocessor_config.json").is_file():
+        return model, transformers.AutoImageProcessor.from_pretrained(folder)
+    if (folder / "tokenizer.json").is_file():
+        return model, transformers.AutoTokenizer.from_pretrained(folder)
+    return model, None
+
+
+def held_out_text() -> str:
+    """English prose that no model here has seen in training."""
+    return (_HERE / "held_out.txt").read_text()
+
+
+def calibration_text() -> str:
+    """Prose, documentation and code that the language models were trained on."""
+    return (_HERE / "calibration.txt").read_text()
 
 
 def verify(folder: Path) -> None:
     """Compare the files of `folder` with its SHA256SUMS.
 
     Raises:
-        UserError: a file is missing or has changed.
+        OSError: a file is missing or has changed.
     """
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         expected, file = line.split()
         content = (folder / file).read_bytes() if (folder / file).is_file() else b""
         if hashlib.sha256(content).hexdigest() != expected:
-            raise UserError(f"{folder / file} is damaged or missing; reinstall tersor")
+            raise OSError(f"{folder / file} is damaged or missing; reinstall tersor")

@@ -1,1 +1,1 @@
-"""How the shipped models were trained; each module runs with `python -m`. Nothing here is needed to use them."""
+"""How the shipped models were trained: `tersor zoo train NAME`. Nothing here is needed to use them."""

@@ -1,12 +1,11 @@
 """Trains the zoo's image classifiers on Fashion-MNIST: `tiny-vit` in half an hour, `tiny-cnn` in ten minutes, on one thread.
 
-    python -m tersor.integration.zoo.training.images tiny-cnn RUN
+    tersor zoo train tiny-cnn
 
-Writes RUN/model (what ships, with its card) and RUN/checkpoint.pt (to go on after a stop: run the same command again).
+Writes RUN/model (what ships, with its card) and RUN/checkpoint.pt (the same command goes on after a stop).
 Whatever is drawn depends on the seed and the step alone, so a run that was stopped ends with the same weights.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,22 +225,3 @@ def ship(model: Any, folder: Path) -> None:
     )
     processor.save_pretrained(folder)
     write_sums(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=TRAININGS)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    figures = train(
-        TRAININGS[arguments.name],
-        arguments.run,
-        lambda done, total, what: print(f"step {done} of {total}: {what}", flush=True),
-        arguments.seed,
-    )
-    print(figures)
-
-
-if __name__ == "__main__":
-    main()
