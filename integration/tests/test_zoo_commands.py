@@ -67,15 +67,21 @@ def test_evaluate_shows_what_was_reached_and_wanted(tersor, monkeypatch):
 
 def test_train_says_where_the_model_is(tersor, monkeypatch, tmp_path):
     seen = []
-    module = SimpleNamespace(
-        TRAININGS={"tiny-cnn": "a training"},
-        train=lambda training, folder, progress, seed: seen.append((training, folder, seed)),
-    )
+
+    def train(training, folder, progress, seed):
+        seen.append((training, folder, seed))
+        for step in (1, 2):
+            progress(step, 2, "loss 1.000")
+
+    module = SimpleNamespace(TRAININGS={"tiny-cnn": "a training"}, train=train)
     monkeypatch.setattr(families, "training", lambda name: module)
     result = tersor("zoo", "train", "tiny-cnn", "--out", str(tmp_path / "run"), "--seed", "3")
     assert result.returncode == 0
     assert seen == [("a training", tmp_path / "run", 3)]
-    assert str(tmp_path / "run/model") in result.stderr
+    assert result.stderr.splitlines() == [
+        "tersor: 2 of 2: loss 1.000",
+        f"tersor: model and card: {tmp_path / 'run/model'}",
+    ]
 
 
 @pytest.mark.slow

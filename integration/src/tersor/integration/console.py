@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -35,6 +36,20 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(tasks[current], completed=done, description=what[-32:])
 
         yield show
+
+
+@contextmanager
+def progress_lines(every: float = 30.0) -> Iterator[Progress]:
+    """A line on standard error every so many seconds and at the end: for what takes long and is read in a log."""
+    last = time.monotonic()
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every or done == total:
+            last = time.monotonic()
+            say(f"{done} of {total}: {what}")
+
+    yield show
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 _HERE = Path(__file__).parent
 # where classes live that transformers does not have
-_OWN = {"DiT": ".dit"}
+_OWN = {"DiT": ".dit", "MaskedDiffusionLlama": ".dlm"}
 
 
 def names() -> list[str]:

@@ -1,6 +1,7 @@
 """`tersor zoo`: what ships, how it was made, what it can do. Nothing heavy is imported here."""
 
 import json as _json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from tersor.integration import zoo
-from tersor.integration.console import Json, print_json, progress_bars, say
+from tersor.integration.console import Json, print_json, progress_bars, progress_lines, say
 
 app = App(name="zoo", help="The small trained models that ship with tersor.")
 
@@ -62,7 +63,7 @@ def train(name: str, *, out: Path | None = None, seed: int = 0) -> None:
     from tersor.integration.zoo import families
 
     module, folder = families.training(name), out or Path(f"{name}-run")
-    with progress_bars() as progress:
+    with progress_bars() if sys.stderr.isatty() else progress_lines() as progress:
         module.train(module.TRAININGS[name], folder, progress, seed)
     say(f"model and card: {folder / 'model'}")
 
@@ -80,7 +81,7 @@ def evaluate(*names: str, json: Json = False, markdown: Annotated[bool, Paramete
     """
     from tersor.integration.zoo import families
 
-    chosen = names or tuple(families.FAMILIES)
+    chosen = names or tuple(zoo.names())
     rows: list[dict[str, Any]] = []
     with progress_bars() as progress:
         for done, name in enumerate(chosen):

@@ -15,6 +15,11 @@ FAMILIES = {
     "tiny-moe": "language",
     "tiny-vit": "images",
     "tiny-cnn": "images",
+    "tiny-dit": "dit",
+    "tiny-dit-eps": "dit",
+    "tiny-dit-video": "dit",
+    "tiny-dlm": "dlm",
+    "tiny-vlm": "vlm",
 }
 
 
