@@ -40,7 +40,7 @@ def random_model():
 
 def tiny_training(steps=6):
     text_config = LlamaConfig(
-        vocab_size=4097,
+        vocab_size=4116,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    AddedToken,
     AutoModelForImageTextToText,
     GenerationConfig,
     LlamaConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from tersor.integration import zoo
-from tersor.integration.zoo.canvas import SIDE, Canvas, Canvases, Question
+from tersor.integration.zoo.canvas import NAMES, PLACES, SIDE, Canvas, Canvases, Question
 from tersor.integration.zoo.measure import Figure
 from tersor.integration.zoo.training import images
 from tersor.integration.zoo.training.run import (
@@ -49,7 +50,7 @@ class Training:
     Args:
         purpose: what it is for, a sentence for its card.
         architecture: the config in words.
-        text_config: of the language model, for the zoo's vocabulary and one more token, `<image>`.
+        text_config: of the language model, for the vocabulary of `extended`.
         tower: a classifier of the zoo; the features before its last layer are what is projected.
         cells: of a canvas at most, from the share of the steps that is done; every other canvas may have fewer.
         tokens: per step, about, those of the images included.
@@ -84,7 +85,7 @@ TINY_VLM = Training(
     "`LlamaForCausalLM` with 6 layers, width 128, 4 query and 2 key/value heads of 32, feed-forward 384, tied "
     "embeddings, RoPE",
     LlamaConfig(
-        vocab_size=4097,
+        vocab_size=4116,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=6,
@@ -163,8 +164,8 @@ def start(training: Training, folder: Path, canvases: Canvases, model: Any, proc
     def loss(step: int) -> Tensor:
         most = training.size(step / training.steps)
         drawn, questions = [], []
-        # about 52 tokens a tile and 13 a question
-        for number in range(max(1, round(training.tokens / (52 * most + 13 * 2 * training.per_kind)))):
+        # about 51 tokens a tile and 10 a question
+        for number in range(max(1, round(training.tokens / (51 * most + 10 * 2 * training.per_kind)))):
             random = np.random.default_rng([seed, step, number, 1])
             # were all of one size, tiles would be found by their distance and not by the names of their places
             cells = int(random.integers((most + 1) // 2, most + 1)) if number % 2 else most
@@ -187,8 +188,7 @@ def start(training: Training, folder: Path, canvases: Canvases, model: Any, proc
 def fresh(training: Training, seed: int) -> tuple[Any, Any]:
     """The model, its tower trained and all else random, and its processor."""
     classifier, image_processor = zoo.load(training.tower)
-    tokenizer = zoo.load("tiny-lm")[1]
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer = extended(zoo.load("tiny-lm")[1])
     vision_config = {key: value for key, value in classifier.config.to_dict().items() if key not in _NOT_THE_TOWERS}
     config = LlavaConfig(
         vision_config=ViTConfig(**vision_config),
@@ -216,6 +216,16 @@ def fresh(training: Training, seed: int) -> tuple[Any, Any]:
         num_additional_image_tokens=1,  # the class token, which the strategy drops
     )
     return model, processor
+
+
+def extended(tokenizer: Any) -> Any:
+    """The zoo's tokenizer, to which `<image>` and the names of places and classes are whole tokens.
+
+    In pieces, places would be hard to look up: one is the beginning of another.
+    """
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_tokens([AddedToken(f" {name}", normalized=False) for name in (*PLACES, *NAMES)])
+    return tokenizer
 
 
 _NOT_THE_TOWERS = (
@@ -301,7 +311,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | --- | --- |
 | architecture | {training.architecture} |
 | input | each of the nine cells is an image of the tower: 49 visual tokens after the name of its place, 441 in all |
-| tokenizer | the zoo's, and `<image>` |
+| tokenizer | the zoo's, to which `<image>` and the names of places and classes are whole tokens |
 | weights | float16, {nbytes:,} bytes; trained in float32 |
 
 ## Training
