@@ -12,12 +12,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")  # a tensor, or a tuple of tensors
 
 BODIES = ("reference", "cpu", "gpu")
 _BODY_OF_DEVICE = {"cpu": "cpu", "cuda": "gpu"}
@@ -57,27 +57,27 @@ def op(
     signature: str,
     *,
     check: Callable[..., None],
-    fake: Callable[..., Tensor],
+    fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Callable[[Callable[Arguments, Tensor]], Callable[Arguments, Tensor]]:
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Make the decorated PyTorch function the reference of op `tersor::<its name>`.
 
     Args:
         signature: the op's schema without the name, as in `torch.library.define`; the first argument is a tensor.
         check: called with the arguments before any body and before `fake`; raises if they do not fit together.
-        fake: an empty result of the right shape, dtype and device, for `torch.compile`.
+        fake: an empty result (or a tuple of them) of the right shape, dtype and device, for `torch.compile`.
         setup_context, backward: the gradient, as in `torch.library.register_autograd`; without them the op has none.
     """
 
-    def register(reference: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    def register(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         name = reference.__name__
 
-        def run(*args: Any) -> Tensor:
+        def run(*args: Any) -> Any:
             check(*args)
             return _run(reference, args)
 
-        def checked_fake(*args: Any) -> Tensor:
+        def checked_fake(*args: Any) -> Any:
             check(*args)
             return fake(*args)
 
@@ -89,7 +89,7 @@ def op(
         overload = getattr(torch.ops.tersor, name).default
 
         @functools.wraps(reference)
-        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             return overload(*args, **kwargs)
 
         return call
@@ -121,7 +121,7 @@ def backend(body: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def explain(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which body serves `op(*args, **kwargs)`, and why the others do not. It calls the op once to find out.
 
     >>> import torch
@@ -139,7 +139,7 @@ def explain(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation
     return Explanation(op.__name__, record.pop("serves"), record)
 
 
-def _run(reference: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
+def _run(reference: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     device = args[0].device.type
     forced = _forced.get()
     record = _record.get()
@@ -167,7 +167,7 @@ def _run(reference: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
     return reference(*args)
 
 
-def _attempt(reference: Callable[..., Tensor], body: str, device: str, args: tuple[Any, ...]) -> Any:
+def _attempt(reference: Callable[..., Any], body: str, device: str, args: tuple[Any, ...]) -> Any:
     if _BODY_OF_DEVICE.get(device) != body:  # a forced body only
         if body == "gpu" and device == "cpu":
             if os.environ.get("TRITON_INTERPRET") != "1":
