@@ -431,13 +431,13 @@ def test_noise_and_class_means_are_far_from_pictures():
     """The measure fails what has learnt nothing, and what shows each class, but always the same picture of it."""
     pytest.importorskip("datasets", reason="the zoo's data needs the library datasets")
     try:
-        test_pictures, labels = training.read("clothes", "test")
+        pictures, labels = training.read("clothes", "validation")
     except UserError as error:
         pytest.skip(str(error))
-    classifier, real = zoo.load("tiny-cnn")[0], training.scaled(test_pictures[:600])
+    classifier, real = zoo.load("tiny-cnn")[0], training.scaled(pictures[:600])
     reference, others = measure.features(classifier, real).split([400, 200])
     noise = torch.randn(200, 1, 28, 28, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    means = measure.class_means(test_pictures, labels)[measure.every_class(10, 20)]
+    means = measure.class_means(pictures, labels)[measure.every_class(10, 20)]
     near = measure.frechet_distance(others, reference)
     assert 2 * near < measure.frechet_distance(measure.features(classifier, means), reference)
     assert 4 * near < measure.frechet_distance(measure.features(classifier, noise), reference)

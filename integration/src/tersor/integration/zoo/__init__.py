@@ -35,7 +35,8 @@ def path(name: str) -> Path:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """Model `name` in float32, on the CPU and in evaluation mode, and its tokenizer or image processor if it has one.
+    """Model `name` in float32, on the CPU and in evaluation mode, and what reads its input, if anything does: a
+    tokenizer, an image processor, or a processor of both.
 
     Raises:
         ValueError, OSError: as `path`.
@@ -48,9 +49,12 @@ def load(name: str) -> tuple[Any, Any]:
     if architecture in _OWN:
         auto = getattr(importlib.import_module(_OWN[architecture], __name__), architecture)
     else:
-        # LlamaForCausalLM is loaded by AutoModelForCausalLM, and so is every other class by what its name ends in
-        auto = getattr(transformers, f"AutoModelFor{architecture.partition('For')[2]}")
+        # LlamaForCausalLM is loaded by AutoModelForCausalLM, and so is nearly every class by what its name ends in
+        task = architecture.partition("For")[2].replace("ConditionalGeneration", "ImageTextToText")
+        auto = getattr(transformers, f"AutoModelFor{task}")
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    if (folder / "processor_config.json").is_file():
+        return model, transformers.AutoProcessor.from_pretrained(folder)
     if (folder / "preprocessor_config.json").is_file():
         return model, transformers.AutoImageProcessor.from_pretrained(folder)
     if (folder / "tokenizer.json").is_file():

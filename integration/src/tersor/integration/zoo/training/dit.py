@@ -55,8 +55,8 @@ class Training:
 
 _CLOTHES = {"id2label": dict(enumerate(CLOTHES)), "label2id": {name: label for label, name in enumerate(CLOTHES)}}
 _DIGITS = {"id2label": dict(enumerate(DIGITS)), "label2id": {name: label for label, name in enumerate(DIGITS)}}
-TINY_DIT = Training("tiny-dit", "clothes", DiTConfig(**_CLOTHES), steps=1600)
-TINY_DIT_EPS = Training("tiny-dit-eps", "clothes", DiTConfig(prediction="epsilon", **_CLOTHES), steps=1600)
+TINY_DIT = Training("tiny-dit", "clothes", DiTConfig(**_CLOTHES), steps=2400)
+TINY_DIT_EPS = Training("tiny-dit-eps", "clothes", DiTConfig(prediction="epsilon", **_CLOTHES), steps=2800)
 TINY_DIT_VIDEO = Training(
     "tiny-dit-video", "moving-digits", DiTConfig(num_frames=8, tubelet_size=2, **_DIGITS), steps=1400, batch_size=16
 )

@@ -163,14 +163,15 @@ def start(training: Training, folder: Path, canvases: Canvases, model: Any, proc
 
     def loss(step: int) -> Tensor:
         most = training.size(step / training.steps)
+        per_kind = min(training.per_kind, most + 1)
         drawn, questions = [], []
         # about 51 tokens a tile and 10 a question
-        for number in range(max(1, round(training.tokens / (51 * most + 10 * 2 * training.per_kind)))):
+        for number in range(max(1, round(training.tokens / (51 * most + 20 * per_kind)))):
             random = np.random.default_rng([seed, step, number, 1])
             # were all of one size, tiles would be found by their distance and not by the names of their places
             cells = int(random.integers((most + 1) // 2, most + 1)) if number % 2 else most
             drawn.append(canvases.draw([seed, step, number], cells))
-            questions.append(drawn[-1].questions(random, training.per_kind))
+            questions.append(drawn[-1].questions(random, per_kind))
         logits, wanted, _ = predictions(model, batch(processor, drawn, questions))
         return F.cross_entropy(logits, wanted)
 
