@@ -99,3 +99,21 @@ def test_bfloat16_differs_only_where_the_best_two_scores_are_within_rounding(tin
             allowed[model.config.eos_token_id] = -torch.inf  # min_new_tokens
             gaps.append((allowed.max() - allowed[token]) / logits.abs().max())
         assert max(gaps) <= 2**-5  # bfloat16 rounds at 2**-9, a score has passed a few dozen roundings in six layers
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(zoo):
+    if "tiny-draft" not in zoo.names():
+        pytest.skip("tiny-draft is not in the zoo")
+    return zoo.load("tiny-draft")[0]
+
+
+def test_a_distilled_draft_saves_passes_where_nothing_repeats(tiny_lm, tiny_draft, tiny_lm_tokenizer, held_out_text):
+    ids = tiny_lm_tokenizer(held_out_text[:20_000], return_tensors="pt").input_ids
+    recipe, passes = recipes.speculative_decoding(num_draft=4), 0
+    for start in range(0, 4000, 1000):
+        prompt = ids[:, start : start + 100]
+        out = speculate(tiny_lm, prompt, recipe, draft_model=tiny_draft, **OPTIONS)
+        assert torch.equal(out.sequences, tiny_lm.generate(prompt, **OPTIONS))
+        passes += out.stats.target_passes
+    assert passes <= 0.7 * 4 * 64
