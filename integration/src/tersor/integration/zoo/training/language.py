@@ -126,7 +126,7 @@ TINY_DRAFT = Training(
     "Drafts for `tiny-lm`, whose predictions it has learnt.",
     "`LlamaForCausalLM`: 1 layer, width 256, 4 query and 2 key/value heads of 64, feed-forward 768, tied embeddings",
     LlamaConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=1, **_SHARED),
-    (dataclasses.replace(WRITE, name="distil", steps=1500, seq_len=((0.0, 256),)),),
+    (dataclasses.replace(WRITE, name="distil", steps=800, seq_len=((0.0, 256),)),),
     teacher="tiny-lm",
 )
 TINY_MOE = Training(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tersor.integration.zoo.measure import Figure
 from tersor.integration.zoo.training.corpus import SOURCES
+from tersor.integration.zoo.training.run import num_parameters
 
 if TYPE_CHECKING:
     from tersor.integration.zoo.training.language import Stage, Training
@@ -20,7 +21,7 @@ def card(training: "Training", run: dict[str, Any], figures: list[Figure], folde
     )
     return f"""# {training.name}
 
-A causal language model of {nbytes // 2:,} parameters for English prose and Python, and of no use for writing.
+A causal language model of {num_parameters(folder):,} parameters for English prose and Python, and of no use for writing.
 {training.purpose}
 
 ```python

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from tersor.integration import hardware
@@ -16,6 +17,8 @@ from tersor.integration.errors import UserError
 from tersor.integration.zoo.training.muon import Muon
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+
+_RECORD = "training.json"  # how a model was trained: of no matter to loading it
 
 
 class Run:
@@ -188,7 +191,13 @@ def trapezoid(done: float, warmup: float = 0.03, decay: float = 0.4) -> float:
 
 def write_record(folder: Path, run: dict[str, Any], seed: int) -> None:
     """training.json, from which `tersor zoo list` tells how the model in `folder` was trained."""
-    (folder / "training.json").write_text(json.dumps({"seed": seed, **run}, indent=2) + "\n")
+    (folder / _RECORD).write_text(json.dumps({"seed": seed, **run}, indent=2) + "\n")
+
+
+def num_parameters(folder: Path) -> int:
+    """Of the weights in `folder`, tied ones once."""
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def write_sums(folder: Path) -> None:
@@ -196,6 +205,6 @@ def write_sums(folder: Path) -> None:
     sums = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
         for file in sorted(folder.iterdir())
-        if file.suffix in (".json", ".safetensors", ".jinja")
+        if file.suffix in (".json", ".safetensors", ".jinja") and file.name != _RECORD
     ]
     (folder / "SHA256SUMS").write_text("".join(sums))

@@ -34,6 +34,7 @@ from tersor.integration.zoo.training.run import (
     Progress,
     Run,
     device,
+    num_parameters,
     optimizers,
     trapezoid,
     write_record,
@@ -294,8 +295,8 @@ def card(training: Training, run: dict[str, Any], figures: list[Figure], folder:
     )
     return f"""# {training.name}
 
-A vision-language model of {nbytes // 2:,} parameters that answers three kinds of questions about canvases: three to six
-pictures of Fashion-MNIST on a black grid of nine cells. {training.purpose}
+A vision-language model of {num_parameters(folder):,} parameters that answers three kinds of questions about canvases: three to
+six pictures of Fashion-MNIST on a black grid of nine cells. {training.purpose}
 
 ```python
 from tersor.integration import zoo
