@@ -116,4 +116,4 @@ def test_a_distilled_draft_saves_passes_where_nothing_repeats(tiny_lm, tiny_draf
         out = speculate(tiny_lm, prompt, recipe, draft_model=tiny_draft, **OPTIONS)
         assert torch.equal(out.sequences, tiny_lm.generate(prompt, **OPTIONS))
         passes += out.stats.target_passes
-    assert passes <= 0.7 * 4 * 64
+    assert passes <= 0.5 * 4 * 64

@@ -223,7 +223,8 @@ def ddim(model: nn.Module, noise: Tensor, labels: Tensor, steps: int, guidance: 
     """Data from `noise` by an epsilon model: DDIM (arXiv:2010.02502, equation 12 with sigma = 0).
 
     The timesteps go evenly from 979, where there is next to nothing but noise, and the last step ends at the data
-    (arXiv:2305.08891, table 2, "trailing", but for 979). The data that a prediction stands for is clipped to [-1, 1].
+    (arXiv:2305.08891, table 2, "trailing", but for 979). The data that a prediction stands for is clipped to [-1, 1], and the
+    noise is what is then left of x: with guidance, noise that does not go with the data drives the pictures away.
 
     Args:
         guidance: as in `euler`.
@@ -235,6 +236,7 @@ def ddim(model: nn.Module, noise: Tensor, labels: Tensor, steps: int, guidance: 
         a, b = alphas[k], 1.0 if following is None else alphas[following]
         epsilon = _guided(model, x, k, labels, guidance)
         data = ((x - (1 - a) ** 0.5 * epsilon) / a**0.5).clamp(-1, 1)
+        epsilon = (x - a**0.5 * data) / (1 - a) ** 0.5
         x = b**0.5 * data + (1 - b) ** 0.5 * epsilon
     return x
 
