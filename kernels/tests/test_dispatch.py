@@ -10,6 +10,9 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.kernels import backend, dequant_matmul, explain, hadamard, pack_bits, unpack_bits
 
@@ -151,6 +154,27 @@ def test_arguments_may_be_named_or_left_out():
         hadamard()
     with pytest.raises(RuntimeError, match="codes"):
         pack_bits([1, 2], 3)
+
+
+def test_whoever_watches_torch_sees_the_op():
+    """A call without gradient, tracing or mode goes straight to its body; all others go through torch."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        hadamard(torch.ones(2, 4))
+    assert torch.ops.tersor.hadamard.default in seen
+    assert make_fx(lambda x: hadamard(x))(torch.ones(2, 4)).code.count("tersor.hadamard") == 1
+    with FakeTensorMode() as mode:
+        assert isinstance(hadamard(mode.from_tensor(torch.ones(2, 4))), FakeTensor)
+    assert hadamard(torch.ones(2, 4, device="meta")).device.type == "meta"
+    assert hadamard(torch.ones(2, 4, requires_grad=True)).requires_grad
+    with pytest.raises(RuntimeError, match="x"):
+        hadamard([1.0, 2.0])
 
 
 def test_ops_keep_the_references_names_and_docs():

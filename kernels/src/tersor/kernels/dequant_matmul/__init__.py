@@ -9,38 +9,44 @@ from tersor.kernels.dispatch import op
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> None:
+def check_packed_weight(
+    op: str, x: Tensor, packed: Tensor, grid: dict[str, Tensor], bits: int, group_size: int, max_bits: int
+) -> None:
+    """Raises unless x (..., in), packed codes (out, in) and the grid's (out, in / group_size) fit together."""
     if x.dtype not in _DTYPES:
-        raise TypeError(f"dequant_matmul: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if packed.dtype != torch.uint8:
-        raise TypeError(f"dequant_matmul: packed must be uint8, got {packed.dtype}; pack_bits makes it")
-    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        raise TypeError(f"{op}: packed must be uint8, got {packed.dtype}; pack_bits makes it")
+    for name, tensor in grid.items():
         if not tensor.is_floating_point():
-            raise TypeError(f"dequant_matmul: {name} must be floating point, got {tensor.dtype}; use {name}.float()")
-    for name, tensor in (("packed", packed), ("scale", scale), ("zero_point", zero_point)):
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}; use {name}.float()")
+    for name, tensor in (("packed", packed), *grid.items()):
         if tensor.device != x.device:
-            raise ValueError(f"dequant_matmul: {name} is on {tensor.device}, but x is on {x.device}")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"dequant_matmul: bits must be 1 to 8, got {bits}")
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but x is on {x.device}")
+    if not 1 <= bits <= max_bits:
+        raise ValueError(f"{op}: bits must be 1 to {max_bits}, got {bits}")
     if x.dim() == 0 or packed.dim() != 2:
         raise ValueError(
-            f"dequant_matmul: x must be (..., in) and packed (out, bytes), got {tuple(x.shape)} and "
-            f"{tuple(packed.shape)}"
+            f"{op}: x must be (..., in) and packed (out, bytes), got {tuple(x.shape)} and {tuple(packed.shape)}"
         )
     out, n = packed.shape[0], x.shape[-1]
     if packed.shape[1] != (n + 7) // 8 * bits:
         raise ValueError(
-            f"dequant_matmul: x has in = {n}, and {n} codes of {bits} bits take {(n + 7) // 8 * bits} bytes, but "
+            f"{op}: x has in = {n}, and {n} codes of {bits} bits take {(n + 7) // 8 * bits} bytes, but "
             f"packed has {packed.shape[1]} in a row"
         )
     if group_size < 1 or n % group_size:
-        raise ValueError(f"dequant_matmul: group_size = {group_size} does not divide in = {n}")
-    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        raise ValueError(f"{op}: group_size = {group_size} does not divide in = {n}")
+    for name, tensor in grid.items():
         if tensor.shape != (out, n // group_size):
             raise ValueError(
-                f"dequant_matmul: {name} must be (out, in / group_size) = ({out}, {n // group_size}), "
-                f"got {tuple(tensor.shape)}"
+                f"{op}: {name} must be (out, in / group_size) = ({out}, {n // group_size}), got {tuple(tensor.shape)}"
             )
+
+
+def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> None:
+    grid = {"scale": scale, "zero_point": zero_point}
+    check_packed_weight("dequant_matmul", x, packed, grid, bits, group_size, max_bits=8)
 
 
 def _decode(

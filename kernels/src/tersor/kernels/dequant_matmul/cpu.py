@@ -1,8 +1,11 @@
 """Products with packed weights on the CPU, without ever holding more than a few rows of weights.
 
-Up to 8 rows of x: Numba decodes one row of weights at a time and multiplies it while it is in the cache.
-More: Numba decodes blocks of rows, and torch multiplies them.
+Up to 4 bits codes are looked up in a codebook 0, 1, 2, ... wherever `lookup_linear` has vector code for it. Else, up to
+8 rows of x, Numba decodes one row of weights at a time and multiplies it while it is in the cache; for more it decodes
+blocks of rows, and torch multiplies them.
 """
+
+import functools
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from tersor.kernels.bits.cpu import unpack_row
 from tersor.kernels.cpu import REORDER, array, jit, num_threads, words
 from tersor.kernels.dispatch import Declined
+from tersor.kernels.lookup_linear.cpu import has_vector_code, lookup_linear
 
 _f32, _i32 = np.float32, np.int32
 
@@ -27,6 +31,8 @@ def dequant_matmul(
     if x.dtype == torch.float64:
         return Declined("float64")
     n, out = x.shape[-1], packed.shape[0]
+    if bits <= 4 and has_vector_code(n, bits, group_size):
+        return lookup_linear(x, packed, _levels(bits), scale, bits, group_size, zero_point)
     rows = x.reshape(x.shape[:-1].numel(), n).float().contiguous()
     num_rows = rows.shape[0]
     y = torch.zeros(num_rows, out)
@@ -50,6 +56,12 @@ def dequant_matmul(
                     _decode_in_parallel(array(decoded), weight, bits, group_size, start, threads)
                 torch.matmul(rows, decoded.T, out=y[:, start : start + len(decoded)])
     return y.to(x.dtype).view(*x.shape[:-1], out)
+
+
+@functools.cache
+def _levels(bits: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(2.0**bits)
 
 
 @jit(fastmath=REORDER)

@@ -21,6 +21,19 @@ def dequant_matmul(
 ) -> Tensor | Declined:
     if x.dtype == torch.float64:
         return Declined("float64")
+    return multiply(x, packed, None, scale, zero_point, bits, group_size)
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """x @ ((codebook[codes] - zero_point) * scale).T, also for `lookup_linear`; without a codebook, of the codes."""
     n, out = x.shape[-1], len(packed)
     rows = x.reshape(x.shape[:-1].numel(), n).contiguous()
     y = x.new_zeros(len(rows), out)
@@ -37,8 +50,9 @@ def dequant_matmul(
             _multiply[(triton.cdiv(len(rows), block_m), triton.cdiv(out, block_n))](
                 rows,
                 packed.contiguous(),
+                None if codebook is None else codebook.float().contiguous(),
                 scale.float().contiguous(),
-                zero_point.float().contiguous(),
+                None if zero_point is None else zero_point.float().contiguous(),
                 y,
                 len(rows),
                 out,
@@ -61,6 +75,7 @@ def dequant_matmul(
 def _multiply(
     x,
     packed,
+    codebook,
     scale,
     zero_point,
     y,
@@ -93,15 +108,17 @@ def _multiply(
             for p in tl.static_range(4):
                 if BITS & (8 >> p):
                     code |= _plane(packed + o * (c * BITS), f, t[:, None], c, weight_inside, BITS, 8 >> p)
-            if ONE_GROUP:
-                group = (f * field + start) // group_size
-                s = tl.load(scale + o * num_groups + group, mask=o < out, other=0.0)
-                z = tl.load(zero_point + o * num_groups + group, mask=o < out, other=0.0)
+            if codebook is None:
+                weight = code.to(tl.float32)
             else:
-                at_group = o * num_groups + (k // group_size)[:, None]
-                s = tl.load(scale + at_group, mask=weight_inside, other=0.0)
-                z = tl.load(zero_point + at_group, mask=weight_inside, other=0.0)
-            weight = (code.to(tl.float32) - z) * s
+                weight = tl.load(codebook + code, mask=weight_inside, other=0.0)
+            if ONE_GROUP:
+                at_group, in_group = o * num_groups + (f * field + start) // group_size, o < out
+            else:
+                at_group, in_group = o * num_groups + (k // group_size)[:, None], weight_inside
+            if zero_point is not None:
+                weight -= tl.load(zero_point + at_group, mask=in_group, other=0.0)
+            weight *= tl.load(scale + at_group, mask=in_group, other=0.0)
             tile = tl.load(x + m * n + k[None, :], mask=(m < num_rows) & inside[None, :], other=0.0)
             weight = weight.to(tile.dtype)
             if INTERPRET:  # the interpreter multiplies the bit patterns of bfloat16
