@@ -30,7 +30,7 @@ Selection
 Coding
     plane_split, plane_merge                   floats <-> bytes of exponents and of the rest
     tiered_encode, tiered_decode               two bit planes and rare escapes: for run time
-    fixed_planes_encode, fixed_planes_decode   bit planes and patches
+    fixed_planes_encode, fixed_planes_decode   bit planes, and whole bytes for what lies outside
     prefix6_encode, prefix6_decode             Huffman codes of at most 6 bits: for storage
     rans11_encode, rans11_decode               range ANS, 64 states: smallest
 
@@ -56,7 +56,7 @@ from tersor.kernels.planes import plane_merge, plane_split
 from tersor.kernels.prefix6 import prefix6_decode, prefix6_encode
 from tersor.kernels.rans11 import rans11_decode, rans11_encode
 from tersor.kernels.received_attention import received_attention
-from tersor.kernels.tiered import tiered_decode, tiered_encode
+from tersor.kernels.tiered import tiered_decode, tiered_encode, tiered_offsets
 from tersor.kernels.topk_mask import topk_mask
 from tersor.kernels.tree_attention import ancestor_mask, tree_attention
 from tersor.kernels.vector_codebook_linear import vector_codebook_linear
@@ -91,6 +91,7 @@ __all__ = [
     "received_attention",
     "tiered_decode",
     "tiered_encode",
+    "tiered_offsets",
     "topk_mask",
     "tree_attention",
     "unpack_bits",
