@@ -26,14 +26,6 @@ pytestmark = pytest.mark.benchmark(
 HEADS, GROUP, HEAD_DIM = 8, 4, 128
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def copies(*tensors: Tensor):
     """The tensors, in copies that together exceed every cache, round and round."""
     nbytes = sum(tensor.nbytes for tensor in tensors)

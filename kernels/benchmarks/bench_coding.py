@@ -104,14 +104,6 @@ def quartile(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) // 4]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def timed(call: Callable, *args):
     start = time.thread_time()
     result = call(*args)

@@ -19,14 +19,6 @@ pytestmark = pytest.mark.benchmark(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def copies(*tensors):
     """The tensors, in copies that together exceed every cache, round and round."""
     nbytes = sum(tensor.nbytes for tensor in tensors)

@@ -29,14 +29,6 @@ N, GROUP_SIZE = 2048, 128
 ROWS = [1, 4, 16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def copies(*tensors):
     """The tensors, in copies that together exceed every cache, round and round."""
     nbytes = sum(tensor.nbytes for tensor in tensors)

@@ -23,14 +23,6 @@ pytestmark = pytest.mark.benchmark(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(benchmark, contender, op, *args, **others):
     """Our body, the reference, or one of the others by name."""
     if contender in others:

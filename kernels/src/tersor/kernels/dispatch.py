@@ -70,6 +70,7 @@ def op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    no_gradient: str | None = None,
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Make the decorated PyTorch function the reference of op `tersor::<its name>`.
 
@@ -78,6 +79,8 @@ def op(
         check: called with the arguments before any body and before `fake`; raises if they do not fit together.
         fake: an empty result (or a tuple of them) of the right shape, dtype and device, for `torch.compile`.
         setup_context, backward: the gradient, as in `torch.library.register_autograd`; without them the op has none.
+        no_gradient: what to do instead, for an op without one that takes floating-point tensors: it then raises in the
+            backward pass and says so.
     """
 
     def register(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -94,8 +97,9 @@ def op(
         _library.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tersor::{name}", checked_fake, lib=_library)
-        if backward is not None:
-            torch.library.register_autograd(f"tersor::{name}", backward, setup_context=setup_context, lib=_library)
+        gradient = backward if no_gradient is None else _refusal(name, no_gradient)
+        if gradient is not None:
+            torch.library.register_autograd(f"tersor::{name}", gradient, setup_context=setup_context, lib=_library)
         overload = getattr(torch.ops.tersor, name).default
 
         # what torch passes on as it is; a list of tensors, or what it would refuse, goes through torch
@@ -153,6 +157,13 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     finally:
         _record.reset(token)
     return Explanation(op.__name__, record.pop("serves"), record)
+
+
+def _refusal(name: str, instead: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{name} has no gradient: {instead}")
+
+    return backward
 
 
 def _eager(args: tuple[Any, ...], kinds: list[type | tuple[type, ...]]) -> bool:

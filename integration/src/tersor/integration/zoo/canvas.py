@@ -48,7 +48,7 @@ class Canvas:
         return [cut(self.picture())[cell] for cell in self.cells]
 
     def prompt(self) -> str:
-        """The text before a question: where each tile is, and a placeholder for it."""
+        """The text before a question: where each tile is, and the `<image>` that stands for it."""
         return prompt(self.cells)
 
     def questions(self, random: np.random.Generator, per_kind: int) -> list[Question]:

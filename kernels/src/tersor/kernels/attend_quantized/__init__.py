@@ -115,13 +115,6 @@ def _decode(stream: Sequence[Tensor], bits: int, token_group: int, head_dim: int
     return (codes.unflatten(-1, (scale.shape[3], -1)) * scale[..., None] + minimum[..., None]).flatten(3)
 
 
-def _refuse_gradient(ctx, *grads):
-    raise NotImplementedError(
-        "attend_quantized has no gradient: call it under torch.no_grad(), or decode the cache and use "
-        "torch.nn.functional.scaled_dot_product_attention"
-    )
-
-
 @op(
     "(Tensor query, Tensor[] key, Tensor[] value, int key_bits, int value_bits, int key_token_group=1, "
     "int value_token_group=1, Tensor? bias=None, float? scale=None) -> (Tensor, Tensor)",
@@ -130,8 +123,7 @@ def _refuse_gradient(ctx, *grads):
         query.new_empty(query.shape),
         query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32)),
     ),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_refuse_gradient,
+    no_gradient="call it under torch.no_grad(), or decode the cache and use torch.nn.functional.scaled_dot_product_attention",
 )
 def attend_quantized(
     query: Tensor,

@@ -50,13 +50,12 @@ def _fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return score, a.new_empty(a.shape[:2], dtype=torch.int64)
 
 
-def _backward(ctx, grad: Tensor, _):
-    raise NotImplementedError(
-        "bipartite_match has no gradient: detach a and b, or compute the cosine of the matched tokens in PyTorch"
-    )
-
-
-@op("(Tensor a, Tensor b) -> (Tensor, Tensor)", check=_check, fake=_fake, backward=_backward)
+@op(
+    "(Tensor a, Tensor b) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    no_gradient="detach a and b, or compute the cosine of the matched tokens in PyTorch",
+)
 def bipartite_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """max_j cos(a_i, b_j) and its j, for each token i of `a` (batch, tokens of A, dim) among those of `b` (batch,
     tokens of B, dim): the matching step of arXiv:2210.09461, section 3. The CPU and GPU bodies never hold the whole

@@ -129,8 +129,7 @@ def scaled(product: Tensor, x_scale: Tensor, scale: Tensor) -> Tensor:
     "(Tensor x, Tensor x_scale, Tensor weight, Tensor scale) -> Tensor",
     check=_check_w8a8,
     fake=lambda x, x_scale, weight, scale: x_scale.new_empty(*x.shape[:-1], weight.shape[0]),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=lambda ctx, grad: _refuse_gradient(),
+    no_gradient="detach the scales, or multiply dequantised tensors",
 )
 def w8a8_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """(x @ weight^T) * x_scale * scale, (..., out): int8 times int8, as in SmoothQuant (arXiv:2211.10438).
@@ -151,7 +150,3 @@ def w8a8_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Te
     # products of float64 are exact, and integer matrix products are not there on every device
     product = (x.double() @ weight.double().T).to(torch.int32)
     return scaled(product, x_scale, scale)
-
-
-def _refuse_gradient():
-    raise NotImplementedError("w8a8_linear has no gradient: detach the scales, or multiply dequantised tensors")

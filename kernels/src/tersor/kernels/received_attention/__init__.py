@@ -58,13 +58,6 @@ def _check(
             raise ValueError(f"received_attention: {name} is on {tensor.device}, but query is on {query.device}")
 
 
-def _refuse_gradient(ctx, grad):
-    raise NotImplementedError(
-        "received_attention has no gradient: call it under torch.no_grad(), or sum the rows of "
-        "torch.softmax(query @ key.mT, -1) where that fits in memory"
-    )
-
-
 @op(
     "(Tensor query, Tensor key, Tensor? weight=None, Tensor? bias=None, Tensor? lse=None, bool is_causal=False, "
     "float? scale=None) -> Tensor",
@@ -72,8 +65,7 @@ def _refuse_gradient(ctx, grad):
     fake=lambda query, key, *_: query.new_empty(
         *query.shape[:2], key.shape[2], dtype=torch.promote_types(query.dtype, torch.float32)
     ),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_refuse_gradient,
+    no_gradient="call it under torch.no_grad(), or sum the rows of torch.softmax(query @ key.mT, -1) where that fits in memory",
 )
 def received_attention(
     query: Tensor,

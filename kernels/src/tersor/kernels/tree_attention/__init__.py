@@ -91,13 +91,6 @@ def _check(
             raise ValueError(f"tree_attention: {name} is on {tensor.device}, but query is on {query.device}")
 
 
-def _refuse_gradient(ctx, *grads):
-    raise NotImplementedError(
-        "tree_attention has no gradient: call it under torch.no_grad(), or use "
-        "torch.nn.functional.scaled_dot_product_attention with the full mask"
-    )
-
-
 @op(
     "(Tensor query, Tensor key, Tensor value, Tensor ancestors, Tensor? bias=None, float? scale=None) "
     "-> (Tensor, Tensor)",
@@ -106,8 +99,7 @@ def _refuse_gradient(ctx, *grads):
         query.new_empty(query.shape),
         query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32)),
     ),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_refuse_gradient,
+    no_gradient="call it under torch.no_grad(), or use torch.nn.functional.scaled_dot_product_attention with the full mask",
 )
 def tree_attention(
     query: Tensor,
