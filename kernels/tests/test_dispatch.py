@@ -184,20 +184,25 @@ def test_ops_keep_the_references_names_and_docs():
 
 
 def test_import_is_cheap_and_brings_no_compiler():
+    """50 ms where torch takes 1.25 s: shares of its time, since both grow alike on slow and busy machines."""
     code = (
-        "import sys, time, torch\n"
-        "before, start = set(sys.modules), time.process_time()\n"
+        "import sys, time\n"
+        "start = time.process_time()\n"
+        "import torch\n"
+        "before, middle = set(sys.modules), time.process_time()\n"
         "import tersor.kernels\n"
-        "print(time.process_time() - start)\n"
+        "print((time.process_time() - middle) / (middle - start))\n"
         "heavy = {m.split('.')[0] for m in set(sys.modules) - before} & {'numba', 'llvmlite', 'triton', 'numpy', 'scipy'}\n"
         "assert not heavy, heavy\n"
     )
+    shares = []
     for _ in range(8):  # other work on the machine may disturb one, but hardly eight
         run = python(code)
         assert run.returncode == 0, run.stderr
-        if float(run.stdout) <= 0.05:
+        shares.append(float(run.stdout))
+        if shares[-1] <= 0.04:
             return
-    pytest.fail(f"importing tersor.kernels took {float(run.stdout):.3f} s")
+    pytest.fail(f"importing tersor.kernels took {min(shares):.1%} of the time of importing torch")
 
 
 def test_unknown_body_in_the_environment_is_named(monkeypatch):

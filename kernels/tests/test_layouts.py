@@ -57,6 +57,13 @@ def test_gptq_zeros_round_trip(bits, words, groups, offset, seed):
     assert torch.equal(gptq.unpack_zeros(qzeros, bits, offset), zero_point)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_first_version_of_gptq_stores_one_less_at_every_width(bits):
+    zero_point = torch.full((32, 1), 2 ** (bits - 1), dtype=torch.uint8)
+    stored = gptq.unpack_zeros(gptq.pack_zeros(zero_point, bits, offset=1), bits, offset=0)
+    assert torch.equal(stored, zero_point - 1)
+
+
 def test_first_version_of_gptq_stores_one_less():
     qzeros = torch.full((1, 1), 0x77777777, dtype=torch.int32)
     assert gptq.unpack_zeros(qzeros, 4).tolist() == [[8]] * 8
@@ -128,6 +135,42 @@ def test_gguf_agrees_with_the_library(kind, out, blocks, seed):
     assert torch.equal(weight.flatten(1), expected)
 
 
+@quick
+@given(st.sampled_from(["Q2_K", "Q3_K", "Q4_K"]), st.integers(0, 3), st.integers(1, 3), seeds)
+def test_gguf_k_types_give_back_their_bytes_and_mean_what_they_say(kind, out, blocks, seed):
+    """Of any bytes, NaN among the scales included."""
+    data = some_codes(seed, 8, out, blocks * KINDS[kind][0])
+    stored = gguf.decode_k(data, kind)
+    if kind == "Q3_K":
+        assert not stored.minimum.any()
+    assert torch.equal(gguf.encode_k(stored, kind), data)
+    codes, scale, offset = gguf.decode(data, kind)
+    assert torch.equal(codes, stored.codes)
+    each = scale.shape[1] // blocks
+    expected = stored.block_scale.float().repeat_interleave(each, -1) * stored.scale
+    torch.testing.assert_close(scale, expected, equal_nan=True, rtol=0, atol=0)
+    if kind != "Q3_K":
+        expected = -stored.block_minimum.float().repeat_interleave(each, -1) * stored.minimum
+        torch.testing.assert_close(offset, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_gguf_k_types_name_what_they_cannot_hold():
+    stored = gguf.decode_k(torch.zeros(2, 144, dtype=torch.uint8), "Q4_K")
+    for changed, match in (
+        ({"scale": stored.scale + 64}, "scale of Q4_K must be 0 to 63"),
+        ({"minimum": stored.minimum - 1}, "minimum of Q4_K must be 0 to 63"),
+        ({"codes": stored.codes + 16}, "codes of Q4_K must be 0 to 15"),
+        ({"codes": stored.codes[:, 1:]}, r"codes must be \(out, 256 blocks\), got \(2, 255\)"),
+        ({"block_scale": stored.block_scale.float()}, r"block_scale of Q4_K must be torch.float16 \(2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=f"gguf: {match}"):
+            gguf.encode_k(stored._replace(**changed), "Q4_K")
+    with pytest.raises(ValueError, match="the K types built in are Q2_K, Q3_K, Q4_K, not 'Q4_0'"):
+        gguf.encode_k(stored, "Q4_0")
+    with pytest.raises(ValueError, match="whole Q4_K blocks of 144 bytes"):
+        gguf.decode_k(torch.zeros(2, 145, dtype=torch.uint8), "Q4_K")
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_gguf_encodes_what_the_library_quantizes(generator, kind):
     library = pytest.importorskip("gguf.quants")
@@ -159,7 +202,15 @@ def test_bad_arguments_are_named():
     expect(ValueError, "the layouts of Q4_0, .* are built in, not that of 'IQ1_S'", gguf.decode, codes, "IQ1_S")
     expect(ValueError, "a row of 32 bytes is no whole number of Q4_0 blocks of 18", gguf.decode, codes, "Q4_0")
     expect(TypeError, r"gguf: data must be torch.uint8 \(out, bytes\)", gguf.decode, codes.long(), "Q4_0")
-    expect(NotImplementedError, "Q4_K has quantized scales", gguf.encode, codes, scale, scale, "Q4_K")
+    expect(
+        NotImplementedError,
+        "the scales of Q4_K are integers; encode_k takes them",
+        gguf.encode,
+        codes,
+        scale,
+        scale,
+        "Q4_K",
+    )
     expect(ValueError, r"scale must be \(out, in / 32\) = \(8, 1\)", gguf.encode, codes, scale[1:], scale, "Q4_1")
     expect(ValueError, "gguf: scale is not float16; choose", gguf.encode, codes, scale / 3, scale, "Q4_1")
     expect(ValueError, "gguf: offset is not float16; choose", gguf.encode, codes, scale, scale / 3, "Q4_1")

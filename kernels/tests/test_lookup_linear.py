@@ -62,11 +62,11 @@ def test_weight_is_entry_minus_zero_point_times_scale(body):
 SHAPES = [(1, 33, 256, 32), (1, 5, 512, 16), (1, 3, 256, 256), (5, 7, 256, 64), (12, 9, 256, 128), (3, 5, 100, 20)]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("zero", [False, True], ids=["", "zero_point"])
 def test_sums_are_exact_to_float32(body, generator, bits, shape, zero):
-    if body == "gpu" and (bits != 4 or shape[2] == 512):
+    if body == "gpu" and (bits not in (4, 8) or shape[2] == 512):
         pytest.skip("the interpreter is slow, and the kernel dequant_matmul's")
     p = problem(generator, bits, *shape, zero=zero)
     assert_close(lookup_linear(*p), p)
@@ -75,7 +75,7 @@ def test_sums_are_exact_to_float32(body, generator, bits, shape, zero):
 @needs_numba
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
-    bits=st.integers(1, 4),
+    bits=st.integers(1, 8),
     rows=st.integers(1, 9),
     out=st.integers(1, 5),
     groups=st.integers(1, 20),
@@ -91,7 +91,7 @@ def test_any_shape_and_grid(bits, rows, out, groups, group_size, grid_dtype, zer
 
 
 @needs_numba
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("rows", [1, 4, 12])
 def test_plain_loops_serve_other_processors(generator, monkeypatch, bits, rows):
     from tersor.kernels import simd
@@ -120,7 +120,7 @@ def test_half_precision(body, generator, shape, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_large_enough_for_several_threads(generator, rows, bits):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -141,7 +141,7 @@ def test_batch_dimensions_and_strides(body, generator):
     torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("shape", [(1, 5, 100, 20), (1, 5, 256, 64), (3, 5, 256, 16), (12, 5, 256, 256)], ids=str)
 def test_nothing_outside_is_read_or_written(body, generator, guarded, bits, shape):
     if body == "gpu" and bits != 4:
@@ -200,7 +200,7 @@ def test_bad_arguments_are_named(generator):
     expect(TypeError, "codebook must be floating point, got torch.int64", codebook=p.codebook.long())
     expect(ValueError, "codebook is on meta, but x is on cpu", codebook=p.codebook.to("meta"))
     expect(ValueError, r"codebook must have 2\^bits = 16 entries, got the shape \(8,\)", codebook=p.codebook[:8])
-    expect(ValueError, "bits must be 1 to 4, got 5", bits=5)
+    expect(ValueError, "bits must be 1 to 8, got 9", bits=9)
     expect(ValueError, "group_size = 48 does not divide in = 64", group_size=48)
     expect(ValueError, r"scale must be .* = \(5, 2\), got \(4, 2\)", scale=p.scale[:4])
 
@@ -212,8 +212,9 @@ def test_double_precision_is_the_references(generator):
     assert torch.autograd.gradcheck(lambda x: lookup_linear(x, *p[1:]), p.x.requires_grad_())
 
 
-def test_gradient_of_x(body, generator):
-    p = problem(generator, 4, 3, 5, 64, 32)
+@pytest.mark.parametrize("zero", [True, False])
+def test_gradient_of_x(body, generator, zero):
+    p = problem(generator, 4, 3, 5, 64, 32, zero=zero)
     x, upstream = p.x.clone().requires_grad_(), torch.randn(3, 5, generator=generator)
     lookup_linear(x, *p[1:]).backward(upstream)
     torch.testing.assert_close(x.grad, (upstream.double() @ weight(p)).float(), rtol=1e-4, atol=1e-4)

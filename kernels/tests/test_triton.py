@@ -122,9 +122,31 @@ def test_int8_and_codebook_kernels_compile():
         "compile('int8_linear', '_multiply', '*fp32 *i8 *fp32 *fp32' + 5 * ' i32', ONE_GROUP=False, zero_point=None,\n"
         "    **tiles, **exact)\n"
         "compile('int8_linear', '_multiply_int8', '*i8 *fp32 *i8 *fp32 *bf16' + 3 * ' i32', **tiles)\n"
+        "types = '*i8 *fp32 *u8 *fp32 {} *bf16' + 6 * ' i32'\n"
+        "compile('w4a8_linear', '_multiply', types.format('*i8 *i8'), **tiles)\n"
+        "compile('w4a8_linear', '_multiply', types.format(''), group_scale=None, zero_point=None, **tiles)\n"
         "for code in ('u8', 'u16'):\n"
         "    types = f'*bf16 *{code} *bf16 *fp32 *bf16' + 7 * ' i32'\n"
         "    compile('vector_codebook_linear', '_multiply', types, **tiles, **exact)\n"
+    )
+
+
+def test_kernels_with_activations_of_8_bits_compile():
+    run(
+        "compile('quantize_per_token', '_round', '*bf16 *i8 *fp32 i32 fp32 fp32', BLOCK=4096)\n"
+        "for bits, block_t, one_group in ((4, 64, True), (3, 32, True), (8, 64, True), (4, 64, False)):\n"
+        "    compile('wna8_linear', '_multiply', '*i8 *fp32 *u8 *fp32 *fp32 *bf16' + 7 * ' i32', BITS=bits, BLOCK_M=16,\n"
+        "        BLOCK_N=32, BLOCK_T=block_t, ONE_GROUP=one_group, PRECISION='tf32x3')\n"
+    )
+
+
+def test_bit_plane_kernels_compile():
+    run(
+        "tiles = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_BYTES=32)\n"
+        "compile('bitplane_linear', '_multiply', '*u8 *fp32 *u8 *u8 *fp32 *u8 *bf16' + 5 * ' i32', X_BITS=8, BITS=2,\n"
+        "    **tiles)\n"
+        "compile('bitplane_linear', '_multiply', '*u8 *fp32 *u8 *fp32 *fp32' + 5 * ' i32', X_BITS=8, BITS=8, **tiles,\n"
+        "    x_zero_point=None, zero_point=None)\n"
     )
 
 

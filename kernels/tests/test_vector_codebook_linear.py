@@ -114,10 +114,11 @@ def test_large_enough_for_several_threads(generator, rows, bits):
         torch.set_num_threads(threads)
 
 
-def test_batch_dimensions_and_strides(body, generator):
-    p = problem(generator, 6, 40, 5, 8, 2, 4)
+@pytest.mark.parametrize("rows", [6, 2])  # blocks, and sums of x with every entry
+def test_batch_dimensions_and_strides(body, generator, rows):
+    p = problem(generator, rows, 40, 5, 8, 2, 4)
     expected = vector_codebook_linear(*p)
-    assert torch.equal(vector_codebook_linear(p.x.view(2, 3, 40), *p[1:]), expected.view(2, 3, 40))
+    assert torch.equal(vector_codebook_linear(p.x.view(2, -1, 40), *p[1:]), expected.view(2, -1, 40))
     torch.testing.assert_close(vector_codebook_linear(p.x[0], *p[1:]), expected[0], rtol=1e-4, atol=1e-4)
     strided = (p.x.T.contiguous().T, p.codes.mT.contiguous().mT, p.codebooks.mT.contiguous().mT, p.scale)
     torch.testing.assert_close(vector_codebook_linear(*strided), expected, rtol=1e-5, atol=1e-5)

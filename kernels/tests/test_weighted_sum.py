@@ -116,6 +116,10 @@ def test_other_dtypes_are_the_references(generator):
     assert explain(weighted_sum, weights, history).declined["cpu"] == "torch.float64"
 
 
+def test_numbers_keep_their_precision_for_float64():
+    assert weighted_sum([1 / 3, 0.0], torch.ones(2, 1, dtype=torch.float64)).item() == 1 / 3
+
+
 def test_bad_arguments_are_named(generator):
     weights, history = some(generator, (3,), (3, 2, 4))
     with pytest.raises(ValueError, match="history is empty"):

@@ -10,6 +10,10 @@ Linear
     lookup_linear           x @ (codebook[codes] * scale).T from packed codes
     int8_linear             x @ W.T with W of int8
     w8a8_linear             the same with x of int8
+    w4a8_linear             x @ W.T with x of int8 and W of integers in 4 bits, in groups with integer scales or not
+    wna8_linear             x @ W.T with x of int8 and codes of 1 to 8 bits in groups; quantize_per_token rounds x
+    bitplane_linear         the same with codes of 1 to 8 bits on both sides; bit_planes cuts them into planes
+    bipolar_linear          the same with odd integers
     vector_codebook_linear  x @ W.T with W a sum of vectors of codebooks
     compressed_linear       x @ W.T with W losslessly compressed; compressed_weight makes it
     add_low_rank            y + x @ down @ up
@@ -40,6 +44,7 @@ Coding
 from tersor.kernels.add_low_rank import add_low_rank
 from tersor.kernels.attend_quantized import attend_quantized
 from tersor.kernels.bipartite_match import bipartite_match
+from tersor.kernels.bitplane_linear import bipolar_linear, bit_planes, bitplane_linear
 from tersor.kernels.bits import pack_bits, unpack_bits
 from tersor.kernels.butterfly import butterfly
 from tersor.kernels.compressed_linear import compressed_linear, compressed_weight
@@ -54,13 +59,16 @@ from tersor.kernels.merge_attention import merge_attention
 from tersor.kernels.merge_tokens import merge_tokens
 from tersor.kernels.planes import plane_merge, plane_split
 from tersor.kernels.prefix6 import prefix6_decode, prefix6_encode
+from tersor.kernels.quantize_per_token import quantize_per_token
 from tersor.kernels.rans11 import rans11_decode, rans11_encode
 from tersor.kernels.received_attention import received_attention
 from tersor.kernels.tiered import tiered_decode, tiered_encode, tiered_offsets
 from tersor.kernels.topk_mask import topk_mask
 from tersor.kernels.tree_attention import ancestor_mask, tree_attention
 from tersor.kernels.vector_codebook_linear import vector_codebook_linear
+from tersor.kernels.w4a8_linear import w4a8_linear
 from tersor.kernels.weighted_sum import weighted_sum
+from tersor.kernels.wna8_linear import wna8_linear
 
 __all__ = [
     "add_low_rank",
@@ -68,6 +76,9 @@ __all__ = [
     "attend_quantized",
     "backend",
     "bipartite_match",
+    "bipolar_linear",
+    "bit_planes",
+    "bitplane_linear",
     "butterfly",
     "compressed_linear",
     "compressed_weight",
@@ -86,6 +97,7 @@ __all__ = [
     "plane_split",
     "prefix6_decode",
     "prefix6_encode",
+    "quantize_per_token",
     "rans11_decode",
     "rans11_encode",
     "received_attention",
@@ -96,6 +108,8 @@ __all__ = [
     "tree_attention",
     "unpack_bits",
     "vector_codebook_linear",
+    "w4a8_linear",
     "w8a8_linear",
     "weighted_sum",
+    "wna8_linear",
 ]

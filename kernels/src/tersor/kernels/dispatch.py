@@ -35,6 +35,9 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "Optional[int]": (int, type(None)),
     "float": float,
     "bool": bool,
+    "Optional[float]": (float, type(None)),
+    "ScalarType": torch.dtype,
+    "List[Tensor]": list,
 }
 
 _log = logging.getLogger("tersor.kernels")
@@ -102,8 +105,8 @@ def op(
             torch.library.register_autograd(f"tersor::{name}", gradient, setup_context=setup_context, lib=_library)
         overload = getattr(torch.ops.tersor, name).default
 
-        # what torch passes on as it is; a list of tensors, or what it would refuse, goes through torch
-        kinds = [_KINDS.get(str(argument.type), ()) for argument in overload._schema.arguments]
+        # what torch passes on as it is; what it would refuse goes through torch
+        kinds = [_KINDS.get(str(argument.real_type), ()) for argument in overload._schema.arguments]
         required = sum(not argument.has_default_value() for argument in overload._schema.arguments)
 
         @functools.wraps(reference)
@@ -183,10 +186,14 @@ def _eager(args: tuple[Any, ...], kinds: list[type | tuple[type, ...]]) -> bool:
     for arg, kind in zip(args, kinds):
         if not isinstance(arg, kind):
             return False
-        if isinstance(arg, torch.Tensor) and (
-            (grad and arg.requires_grad) or arg.is_meta or type(arg) not in (torch.Tensor, torch.nn.Parameter)
-        ):
-            return False
+        for tensor in arg if kind is list else (arg,):
+            if isinstance(tensor, torch.Tensor):
+                if (grad and tensor.requires_grad) or tensor.is_meta:
+                    return False
+                if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+                    return False
+            elif kind is list:
+                return False
     return True
 
 

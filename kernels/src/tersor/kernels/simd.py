@@ -3,8 +3,8 @@
 Numba's vector code comes from scalar loops, in which no compiler sees a table look-up or a product of bytes. Here
 vectors are values of their own, `u8x32` or `f32x8`, and each primitive is an instruction or two; a kernel made of them
 reads like the loop that it replaces. Addresses are plain integers (`tensor.data_ptr()`), which cost a call less than
-arrays do, but nobody checks their bounds. `lookup` and `pair_products` are AVX2's, the rest is portable: a body asks
-`available()` first and falls back on plain loops, or on PyTorch.
+arrays do, but nobody checks their bounds. `lookup`, the sums of products and `sums_of_eight` are AVX2's, the rest is
+portable: a body asks `available()` first and falls back on plain loops, or on PyTorch.
 
 The primitives are intrinsics of the module, because Numba keeps no machine code on disk for those made in closures.
 """
@@ -25,8 +25,8 @@ from tersor.kernels.cpu import jit
 
 _log = logging.getLogger("tersor.kernels")
 
-_i8, _i16, _i32, _float = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_ELEMENTS = {"u8": _i8, "i16": _i16, "i32": _i32, "f32": _float}
+_i8, _i16, _i32, _i64, _float = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_ELEMENTS = {"u8": _i8, "i16": _i16, "i32": _i32, "i64": _i64, "f32": _float}
 
 
 class Vector(types.Type):
@@ -47,7 +47,9 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, fe_type.llvm)
 
 
-u8x32, i16x16, i32x8, f32x8 = Vector("u8", 32), Vector("i16", 16), Vector("i32", 8), Vector("f32", 8)
+u8x32, i16x16, i32x8, i64x4, f32x8 = (
+    Vector(element, 256 // width) for element, width in (("u8", 8), ("i16", 16), ("i32", 32), ("i64", 64), ("f32", 32))
+)
 _address = types.int64
 
 
@@ -103,6 +105,36 @@ def load_i16(typing, address):
 def load_i8_as_i16(typing, address):
     def instructions(builder, address):
         return builder.sext(_load(builder, address, ir.VectorType(_i8, 16)), i16x16.llvm)
+
+    return _emit(i16x16(_address), instructions)
+
+
+@intrinsic
+def load_u8_as_i16(typing, address):
+    def instructions(builder, address):
+        return builder.zext(_load(builder, address, ir.VectorType(_i8, 16)), i16x16.llvm)
+
+    return _emit(i16x16(_address), instructions)
+
+
+@intrinsic
+def load_low_halves(typing, address):
+    """Of 16 bytes, 16 times the signed number in the lower half of each."""
+
+    def instructions(builder, address):
+        upper = builder.shl(_load(builder, address, ir.VectorType(_i8, 16)), ir.VectorType(_i8, 16)([4] * 16))
+        return builder.sext(upper, i16x16.llvm)
+
+    return _emit(i16x16(_address), instructions)
+
+
+@intrinsic
+def load_high_halves(typing, address):
+    """Of 16 bytes, 16 times the signed number in the upper half of each."""
+
+    def instructions(builder, address):
+        upper = builder.and_(_load(builder, address, ir.VectorType(_i8, 16)), ir.VectorType(_i8, 16)([0xF0] * 16))
+        return builder.sext(upper, i16x16.llvm)
 
     return _emit(i16x16(_address), instructions)
 
@@ -178,6 +210,22 @@ def int16_at(typing, address):
 
 
 @intrinsic
+def uint8_at(typing, address):
+    """As a word of 64 bits."""
+    return _emit(types.uint64(_address), lambda builder, address: builder.zext(_load(builder, address, _i8), _i64))
+
+
+@intrinsic
+def uint64_at(typing, address):
+    return _emit(types.uint64(_address), lambda builder, address: _load(builder, address, _i64))
+
+
+@intrinsic
+def int32_at(typing, address):
+    return _emit(types.int32(_address), lambda builder, address: _load(builder, address, _i32))
+
+
+@intrinsic
 def set_float32(typing, address, value):
     return _emit(types.void(_address, types.float32), _set)
 
@@ -188,13 +236,28 @@ def set_int32(typing, address, value):
 
 
 @intrinsic
+def set_int64(typing, address, value):
+    return _emit(types.void(_address, types.int64), _set)
+
+
+@intrinsic
 def zero_bytes(typing):
     return _emit(u8x32(), lambda builder: ir.Constant(u8x32.llvm, [0] * 32))
 
 
 @intrinsic
+def zero_int16(typing):
+    return _emit(i16x16(), lambda builder: ir.Constant(i16x16.llvm, [0] * 16))
+
+
+@intrinsic
 def zero_int32(typing):
     return _emit(i32x8(), lambda builder: ir.Constant(i32x8.llvm, [0] * 8))
+
+
+@intrinsic
+def zero_int64(typing):
+    return _emit(i64x4(), lambda builder: ir.Constant(i64x4.llvm, [0] * 4))
 
 
 @intrinsic
@@ -228,6 +291,38 @@ def shift_and_mask(typing, vector, shift, mask):
 @intrinsic
 def add_u8(typing, a, b):
     return _emit(u8x32(u8x32, u8x32), lambda builder, a, b: builder.add(a, b))
+
+
+@intrinsic
+def and_u8(typing, a, b):
+    return _emit(u8x32(u8x32, u8x32), lambda builder, a, b: builder.and_(a, b))
+
+
+@intrinsic
+def xor_u8(typing, a, b):
+    return _emit(u8x32(u8x32, u8x32), lambda builder, a, b: builder.xor(a, b))
+
+
+@intrinsic
+def count_ones(typing, vector):
+    """How many bits of each byte are set."""
+    return _emit(u8x32(u8x32), lambda builder, vector: _call(builder, "llvm.ctpop.v32i8", u8x32.llvm, vector))
+
+
+@intrinsic
+def ones_of_word(typing, word):
+    """How many bits of 64 are set."""
+    return _emit(types.int64(types.uint64), lambda builder, word: _call(builder, "llvm.ctpop.i64", _i64, word))
+
+
+@intrinsic
+def sums_of_eight(typing, vector):
+    """Sums of each eight neighbouring bytes."""
+
+    def instructions(builder, vector):
+        return _call(builder, "llvm.x86.avx2.psad.bw", i64x4.llvm, vector, ir.Constant(u8x32.llvm, [0] * 32))
+
+    return _emit(i64x4(u8x32), instructions)
 
 
 @intrinsic
@@ -292,8 +387,41 @@ def mul(typing, a, b):
 
 
 @intrinsic
+def to_f32(typing, vector):
+    return _emit(f32x8(i32x8), lambda builder, vector: builder.sitofp(vector, f32x8.llvm))
+
+
+@intrinsic
+def add_i16(typing, a, b):
+    return _emit(i16x16(i16x16, i16x16), lambda builder, a, b: builder.add(a, b))
+
+
+@intrinsic
 def add_i32(typing, a, b):
     return _emit(i32x8(i32x8, i32x8), lambda builder, a, b: builder.add(a, b))
+
+
+@intrinsic
+def add_i64(typing, a, b):
+    return _emit(i64x4(i64x4, i64x4), lambda builder, a, b: builder.add(a, b))
+
+
+@intrinsic
+def shift_left(typing, vector, shift):
+    return _emit(
+        i64x4(i64x4, types.int64), lambda builder, vector, shift: builder.shl(vector, _splat(builder, shift, 4))
+    )
+
+
+@intrinsic
+def shift_and_scale(typing, vector, shift, scale):
+    """(vector >> shift) * scale, modulo 2^32."""
+
+    def instructions(builder, vector, shift, scale):
+        shifted = builder.ashr(vector, _splat(builder, builder.trunc(shift, _i32), 8))
+        return builder.mul(shifted, _splat(builder, builder.trunc(scale, _i32), 8))
+
+    return _emit(i32x8(i32x8, types.int64, types.int64), instructions)
 
 
 @intrinsic
@@ -305,9 +433,34 @@ def pair_products(typing, a, b):
 
 
 @intrinsic
+def byte_products(typing, a, b):
+    """a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] of bytes, those of `a` without and those of `b` with a sign; saturated."""
+    return _emit(
+        i16x16(u8x32, u8x32), lambda builder, a, b: _call(builder, "llvm.x86.avx2.pmadd.ub.sw", i16x16.llvm, a, b)
+    )
+
+
+@intrinsic
+def pair_sums(typing, vector):
+    """vector[2 i] + vector[2 i + 1]."""
+
+    def instructions(builder, vector):
+        return _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, vector, ir.Constant(i16x16.llvm, [1] * 16))
+
+    return _emit(i32x8(i16x16), instructions)
+
+
+@intrinsic
 def total_i32(typing, vector):
     return _emit(
         types.int32(i32x8), lambda builder, vector: _call(builder, "llvm.vector.reduce.add.v8i32", _i32, vector)
+    )
+
+
+@intrinsic
+def total_i64(typing, vector):
+    return _emit(
+        types.int64(i64x4), lambda builder, vector: _call(builder, "llvm.vector.reduce.add.v4i64", _i64, vector)
     )
 
 

@@ -37,7 +37,7 @@ def unpack_zeros(qzeros: Tensor, bits: int, offset: int = 1) -> Tensor:
 def pack_zeros(zero_point: Tensor, bits: int, offset: int = 1) -> Tensor:
     """`qzeros` of zero points (out, groups), uint8."""
     zeros = zero_point.T
-    stored = torch.where(zeros < 2**bits, zeros - offset & 2**bits - 1, zeros)  # too large stays so, for the error
+    stored = torch.where(zeros <= 2**bits - 1, zeros - offset & 2**bits - 1, zeros)  # too large stays so, for the error
     return _pack(stored, bits)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tersor.kernels.dispatch import Declined
 
 # float32 on tensor cores, as three products; AMD's have no such mode
-_PRECISION = "ieee" if torch.version.hip else "tf32x3"
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
 def dequant_matmul(
@@ -66,7 +66,7 @@ def multiply(
                 block_t,
                 one_group,
                 triton.knobs.runtime.interpret,
-                _PRECISION,
+                PRECISION,
             )
     return y.view(*x.shape[:-1], out)
 
@@ -107,7 +107,7 @@ def _multiply(
             code = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
             for p in tl.static_range(4):
                 if BITS & (8 >> p):
-                    code |= _plane(packed + o * (c * BITS), f, t[:, None], c, weight_inside, BITS, 8 >> p)
+                    code |= plane(packed + o * (c * BITS), f, t[:, None], c, weight_inside, BITS, 8 >> p)
             if codebook is None:
                 weight = code.to(tl.float32)
             else:
@@ -128,7 +128,7 @@ def _multiply(
 
 
 @triton.jit
-def _plane(packed, f: tl.constexpr, t, c, inside, BITS: tl.constexpr, WIDTH: tl.constexpr):
+def plane(packed, f: tl.constexpr, t, c, inside, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """What the plane of this width holds of the codes t of field f."""
     SHIFT: tl.constexpr = BITS & -(2 * WIDTH)
     NARROWEST: tl.constexpr = BITS & -BITS

@@ -8,6 +8,8 @@ that sums of 1024 of them are exact.
 # pyright: reportCallIssue=false
 # (an intrinsic is called without its first argument)
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import prange
@@ -19,11 +21,11 @@ from tersor.kernels.dispatch import Declined
 from tersor.kernels.int8_linear import scaled
 
 # beyond, a matrix product of torch's is faster
-_MAX_ROWS, _MAX_INT8_ROWS = 12, 32
+_MAX_ROWS, MAX_INT8_ROWS = 12, 32
 _BLOCK_ELEMENTS = 2**18  # decoded weights held at a time: 1 MiB
 _EXACT = 1024
 # bytes: the machine's own prefetching stops at the end of a page (measured: 8 % at 1024, less at 512 and 4096)
-_AHEAD = 1024
+AHEAD = 1024
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor | Declined:
@@ -64,7 +66,7 @@ def w8a8_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Te
     product = torch.zeros(*x.shape[:-1], out, dtype=torch.int32)
     if x.numel() and out:
         num_rows = x.numel() // n
-        if num_rows <= _MAX_INT8_ROWS and simd.available():
+        if num_rows <= MAX_INT8_ROWS and simd.available():
             words, weight = x.to(torch.int16).contiguous(), weight.contiguous()
             threads = num_threads(out * n)
             addresses = words.data_ptr(), weight.data_ptr(), product.data_ptr()
@@ -73,11 +75,17 @@ def w8a8_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Te
             else:
                 _multiply_int8_in_parallel(*addresses, num_rows, out, n, threads)
         else:
-            floats, rows_of_y = x.reshape(num_rows, n).float(), product.view(num_rows, out)
-            for rows in _blocks(out, n):
-                for k in range(0, n, _EXACT):
-                    rows_of_y[:, rows] += (floats[:, k : k + _EXACT] @ weight[rows, k : k + _EXACT].float().T).int()
+            integer_product(x.reshape(num_rows, n), lambda rows: weight[rows], product.view(num_rows, out))
     return scaled(product, x_scale, scale)
+
+
+def integer_product(x: Tensor, rows_of_weight: Callable[[slice], Tensor], product: Tensor) -> None:
+    """Add x W^T to `product` (tokens, out), int32, for x (tokens, in) and some rows of W (rows, in) at a time, both int8."""
+    floats, (_, out), n = x.float(), product.shape, x.shape[1]
+    for rows in _blocks(out, n):
+        weight = rows_of_weight(rows).float()
+        for k in range(0, n, _EXACT):
+            product[:, rows] += (floats[:, k : k + _EXACT] @ weight[:, k : k + _EXACT].T).int()
 
 
 def _blocks(out: int, n: int) -> list[slice]:
@@ -113,7 +121,7 @@ def _dot(x, weight, scale, zero_point, group_size, groups):
         sum_0 = sum_1 = sum_2 = sum_3 = simd.splat(np.float32(0))
         end = weight + group_size
         while weight + 32 <= end:
-            simd.prefetch(weight + _AHEAD)
+            simd.prefetch(weight + AHEAD)
             w_0, w_1 = simd.load_i8_as_f32(weight), simd.load_i8_as_f32(weight + 8)
             w_2, w_3 = simd.load_i8_as_f32(weight + 16), simd.load_i8_as_f32(weight + 24)
             if zero_point:

@@ -18,7 +18,7 @@ def _check(
     zero_point: Tensor | None = None,
 ) -> None:
     grid = {"scale": scale} if zero_point is None else {"scale": scale, "zero_point": zero_point}
-    check_packed_weight("lookup_linear", x, packed, grid, bits, group_size, max_bits=4)
+    check_packed_weight("lookup_linear", x, packed, grid, bits, group_size, max_bits=8)
     if not codebook.is_floating_point():
         raise TypeError(f"lookup_linear: codebook must be floating point, got {codebook.dtype}; use codebook.float()")
     if codebook.device != x.device:
@@ -53,8 +53,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
+    # a zero point that was left out is not among them
+    needed = (*ctx.needs_input_grad, False)
     for i, name in ((2, "codebook"), (3, "scale"), (6, "zero_point")):
-        if ctx.needs_input_grad[i]:
+        if needed[i]:
             raise NotImplementedError(
                 f"lookup_linear has no gradient for {name}: detach it, or compute the weight from its codes in PyTorch"
             )
@@ -83,7 +85,7 @@ def lookup_linear(
 ) -> Tensor:
     """x @ W^T (..., out) with W = (codebook[codes] - zero_point) * scale, (out, in), per group of `in`.
 
-    Any codebook of scalars: integers, NF4 (arXiv:2305.14314), e2m1 of MXFP4 and NVFP4, k-means, ternary. Sums are kept
+    Any codebook of scalars: integers, NF4 (arXiv:2305.14314), e2m1 of MXFP4 and NVFP4, FP8, k-means, ternary. Sums are kept
     in float32 (float64 for float64) and rounded once to x's dtype. The reference and the CPU body also keep W in
     float32; the GPU body rounds W to x's dtype before it multiplies.
 
@@ -95,7 +97,7 @@ def lookup_linear(
         packed: `pack_bits(codes, bits)` of codes (out, in): (out, ceil(in / 8) * bits).
         codebook: (2^bits,), of any floating dtype.
         scale: (out, in / group_size), of any floating dtype; so is `zero_point`, in units of the codebook.
-        bits: 1 to 4.
+        bits: 1 to 8; the CPU body is at its best up to 4.
         group_size: input channels that share a scale; must divide `in`.
         zero_point: None is zero, and faster.
 

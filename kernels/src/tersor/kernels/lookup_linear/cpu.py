@@ -1,5 +1,7 @@
 """Products with packed weights on the CPU: 32 codes at a time become weights in registers, by tables.
 
+(Codes of more than 4 bits: see `wide`.)
+
 The machine's tables have 16 entries of one byte, so a codebook of float32 makes four of them: 32 codes take four
 look-ups and eight interleaves; two of the look-ups are left out where the lower bytes are zero everywhere (small
 integers, e2m1, ternary).
@@ -23,6 +25,7 @@ from tersor.kernels import simd
 from tersor.kernels.bits.cpu import unpack_bits
 from tersor.kernels.cpu import jit, num_threads
 from tersor.kernels.dispatch import Declined
+from tersor.kernels.lookup_linear import wide
 from tersor.kernels.simd import FLOATS_ORDER
 
 _f32 = np.float32
@@ -52,7 +55,9 @@ def lookup_linear(
     if dtype != torch.float32:
         x = x.float()
     x, y = x.contiguous(), torch.empty(*shape[:-1], out)
-    if has_vector_code(n, bits, group_size):
+    if bits > 4 and x.numel() <= _MAX_ROWS * n and simd.available():
+        wide.multiply(x, packed, codebook, scale, zero_point, bits, y)
+    elif has_vector_code(n, bits, group_size):
         _multiply_vectors(x, packed, codebook, scale, zero_point, bits, group_size, y)
     else:
         _multiply_blocks(x, packed, codebook, scale, zero_point, bits, group_size, y)
@@ -61,7 +66,7 @@ def lookup_linear(
 
 def has_vector_code(n: int, bits: int, group_size: int) -> bool:
     """Whether 32 neighbouring bytes always hold codes of one group in a field, or of two groups of 16."""
-    return _run(n, bits, group_size) % 32 == 0 and simd.available()
+    return bits <= 4 and _run(n, bits, group_size) % 32 == 0 and simd.available()
 
 
 def _run(n: int, bits: int, group_size: int) -> int:
@@ -117,7 +122,9 @@ def _multiply_blocks(x, packed, codebook, scale, zero_point, bits, group_size, y
     x, y, codebook = x.view(-1, n), y.view(-1, out), codebook.float()
     step = max(1, _BLOCK_ELEMENTS // n)
     for rows in (slice(start, start + step) for start in range(0, out, step)):
-        weight = codebook[unpack_bits(packed[rows], bits, n).int()].unflatten(-1, (-1, group_size))
+        codes = unpack_bits(packed[rows], bits, n)
+        # many times as fast as codebook[codes]
+        weight = codebook.index_select(0, codes.flatten().int()).view(len(codes), -1, group_size)
         if zero_point is not None:
             weight -= zero_point[rows, :, None].float()
         weight *= scale[rows, :, None].float()

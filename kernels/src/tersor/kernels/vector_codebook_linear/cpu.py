@@ -25,7 +25,7 @@ def vector_codebook_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scale: T
     if not (x.numel() and out):
         return x.new_zeros(*x.shape[:-1], out)
     n = x.shape[-1]
-    rows = x.detach().reshape(-1, n).float()
+    rows = x.detach().reshape(-1, n).float().contiguous()
     codes, codebooks = codes.contiguous().view(out, -1), codebooks.float().contiguous()
     y = torch.empty(len(rows), out)
     threads = num_threads(codes.numel())

@@ -51,6 +51,8 @@ def matrices(weights: Tensor, shape: torch.Size) -> tuple[Tensor, int, bool]:
     Returns:
         Weights (k, rows) or (k, columns); the number of columns; whether the weights vary by column.
     """
+    if weights.dim() == 1:
+        return weights[:, None], shape.numel(), False
     each = (1,) * (len(shape) - weights.dim() + 1) + weights.shape[1:]
     varies = [i for i, size in enumerate(each) if size > 1]
     by_column = bool(varies) and varies[-1] == len(shape) - 1
@@ -83,7 +85,8 @@ def _any_sequence(
     def with_tensors(weights: Tensor | Sequence[float], history: Tensor | Sequence[Tensor]) -> Tensor:
         history = list(history)
         if not isinstance(weights, Tensor):
-            weights = torch.tensor(weights, dtype=torch.float32, device=history[0].device if history else None)
+            dtype, device = (compute_dtype(history[0]), history[0].device) if history else (torch.float32, None)
+            weights = torch.tensor(weights, dtype=dtype, device=device)
         return call(weights, history)
 
     return with_tensors

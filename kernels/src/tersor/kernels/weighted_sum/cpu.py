@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import prange
+from numba import prange, types
+from numba.extending import overload
 from torch import Tensor
 
 from tersor.kernels.cpu import REORDER, array, jit, num_threads
@@ -13,22 +14,22 @@ from tersor.kernels.weighted_sum import matrices
 
 _f32, _u16, _u32 = np.float32, np.uint16, np.uint32
 
-# a feature's bits times this are those of a float32: a shift by a variable would be done in 64 bits
-_FACTORS = {torch.float32: (torch.uint32, 1), torch.bfloat16: (torch.uint16, 2**16)}
+# what Numba reads: it knows no bfloat16
+_READ_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
 _RUN = 2048
 
 
 def weighted_sum(weights: Tensor, history: Sequence[Tensor]) -> Tensor | Declined:
     newest = history[0]
-    if newest.dtype not in _FACTORS:
+    if newest.dtype not in _READ_AS:
         return Declined(f"{newest.dtype}")
     total = torch.empty(newest.shape, dtype=newest.dtype)
     if total.numel():
-        bits, factor = _FACTORS[newest.dtype]
         weights, columns, by_column = matrices(weights.float(), newest.shape)
-        features = tuple(array(feature.contiguous().view(-1, columns).view(bits)) for feature in history)
-        out = array(total.view(-1, columns).view(bits))
-        arguments = (array(weights.contiguous()), features, out, by_column, _u32(factor))
+        dtype = _READ_AS[newest.dtype]
+        features = tuple(array(feature.contiguous().view(dtype)).reshape(-1, columns) for feature in history)
+        out = array(total.view(dtype)).reshape(-1, columns)
+        arguments = (array(weights.contiguous()), features, out, by_column)
         runs = len(out) * -(-columns // _RUN)
         threads = num_threads(total.nbytes * len(history))
         if threads == 1:
@@ -38,36 +39,68 @@ def weighted_sum(weights: Tensor, history: Sequence[Tensor]) -> Tensor | Decline
     return total
 
 
+def _widened(x):
+    """A float32 as it is, the bits of a bfloat16 as the float32 that they are."""
+
+
+@overload(_widened)
+def _(x):
+    if isinstance(x, types.Float):
+        return lambda x: x
+    # a shift would be done in 64 bits
+    return lambda x: _u32(_u32(x) * _u32(2**16)).view(_f32)
+
+
+def _run_total(run, buffer):
+    """Where a run is added up: in place if it is of float32."""
+
+
+@overload(_run_total)
+def _(run, buffer):
+    if isinstance(run.dtype, types.Float):
+        return lambda run, buffer: run
+    return lambda run, buffer: buffer[: run.size]
+
+
+def _store(total, run):
+    """The total of a run, rounded if it is not there yet."""
+
+
+@overload(_store)
+def _(total, run):
+    if isinstance(run.dtype, types.Float):
+        return lambda total, run: None
+    return lambda total, run: _round(total.view(_u32), run)
+
+
 @jit()
-def _sum(weights, history, out, by_column, factor, begin, end):
+def _sum(weights, history, out, by_column, begin, end):
     columns = out.shape[1]
     runs = -(-columns // _RUN)
-    buffer = np.empty(_RUN, np.float32)
+    buffer = np.empty(_RUN, _f32)
     for run in range(begin, end):
         row, start = run // runs, run % runs * _RUN
         stop = min(start + _RUN, columns)
-        # float32 is added up in place
-        total = out[row, start:stop].view(np.float32) if factor == 1 else buffer[: stop - start]
+        total = _run_total(out[row, start:stop], buffer)
         total.fill(0)
         for j in range(len(history)):
             if by_column:
-                _add_products(total, weights[j, start:stop], history[j][row, start:stop], factor)
+                _add_products(total, weights[j, start:stop], history[j][row, start:stop])
             else:
-                _add_multiple(total, weights[j, row], history[j][row, start:stop], factor)
-        if factor != 1:
-            _round(total.view(np.uint32), out[row, start:stop])
+                _add_multiple(total, weights[j, row], history[j][row, start:stop])
+        _store(total, out[row, start:stop])
 
 
 @jit(fastmath=REORDER)
-def _add_products(total, weights, bits, factor):
+def _add_products(total, weights, feature):
     for i in range(total.size):
-        total[i] += weights[i] * _u32(_u32(bits[i]) * factor).view(_f32)
+        total[i] += weights[i] * _widened(feature[i])
 
 
 @jit(fastmath=REORDER)
-def _add_multiple(total, weight, bits, factor):
+def _add_multiple(total, weight, feature):
     for i in range(total.size):
-        total[i] += weight * _u32(_u32(bits[i]) * factor).view(_f32)
+        total[i] += weight * _widened(feature[i])
 
 
 @jit()
@@ -81,7 +114,7 @@ def _round(total, bits):
 
 
 @jit(parallel=True)
-def _sum_in_parallel(weights, history, out, by_column, factor, threads):
+def _sum_in_parallel(weights, history, out, by_column, threads):
     runs = len(out) * -(-out.shape[1] // _RUN)
     for t in prange(threads):
-        _sum(weights, history, out, by_column, factor, t * runs // threads, (t + 1) * runs // threads)
+        _sum(weights, history, out, by_column, t * runs // threads, (t + 1) * runs // threads)
