@@ -312,7 +312,7 @@ def test_early_initialization_changes_nothing(model):
 
 def counted_by_hand(seq_len, bits, group, window, undo, heads=2, dim=32, itemsize=4):
     """Bytes of one full-attention layer, from the definition: codes, two 16-bit numbers per group, full precision."""
-    keys, values = seq_len // window * window, max(0, seq_len - window)
+    keys = values = seq_len // window * window
     kept_keys = seq_len - max(0, seq_len - undo) // window * window
     kept_values = seq_len - max(0, seq_len - undo - window)
     codes = (keys + values) * dim * bits // 8

@@ -112,7 +112,7 @@ def test_after_a_deeper_crop_the_codes_that_are_left_decode_as_before(setting, p
     stream, left = new_stream(setting), random_tokens(0, 0)
     for seed, (num_tokens, share) in enumerate(program):
         x = random_tokens(num_tokens, seed)
-        seen = stream.append(x, recording=False)
+        seen = stream.append(x, recording=False).dense()
         assert torch.equal(seen[:, :, seen.shape[2] - num_tokens :], x)
         left = torch.cat([left, x], 2)
         before, length = stream.dense(), stream.length - round(share * stream.length)
@@ -166,6 +166,18 @@ def test_codes_never_change(setting):
             assert torch.equal(run[0][:, :, : packed.shape[2]], packed)
         packed = run[0].clone()
     assert packed is not None
+
+
+@pytest.mark.parametrize(
+    "setting", [s for s in SETTINGS if s.window.residual_length and s.undo and s.codec != FullPrecision()]
+)
+def test_codes_are_written_a_window_at_a_time_and_read_later(setting):
+    stream, window = new_stream(setting), setting.window.residual_length
+    for part in random_tokens(100, 0).split(1, 2):
+        stream.append(part, recording=False)
+        (written,) = [run[0].shape[2] for run in stream.runs] or [0]
+        assert written == stream.length // window * window
+        assert stream.encoded <= written < stream.encoded + window + setting.codec.token_group
 
 
 @each_setting

@@ -16,9 +16,17 @@ import torch
 import zstandard
 from safetensors.torch import save_file
 
-from tersor.lossless import open_packed, pack, recipes, unpack
+from tersor.lossless import Recipe, open_packed, pack, recipes, unpack
+from tersor.lossless.coder import FixedPlanes, Tiered
 
-RECIPES = {"zipnn recipe": recipes.zipnn(), "zstd recipe": recipes.zstd()}
+RECIPES = {
+    "zipnn recipe": recipes.zipnn(),
+    "neuzip recipe": recipes.neuzip(),
+    "dfloat11 recipe": recipes.dfloat11(),
+    "Tiered": Recipe(coder=Tiered()),
+    "FixedPlanes": Recipe(coder=FixedPlanes()),
+    "zstd recipe": recipes.zstd(),
+}
 MEMORY = Path("/dev/shm")
 
 

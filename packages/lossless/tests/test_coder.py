@@ -4,12 +4,15 @@ import heapq
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.lossless import coder
 
-CODERS = [coder.Stored(), coder.Zstd(1), coder.Zstd(19), coder.Huffman()]
+ORDER0 = [coder.Rans11(), coder.Prefix6(), coder.Tiered(), coder.FixedPlanes(3), coder.FixedPlanes(4)]
+CODERS = [coder.Stored(), coder.Zstd(1), coder.Zstd(19), coder.Huffman(), *ORDER0]
+# the first call compiles
+ANY_TIME = settings(deadline=None, max_examples=60)
 
 
 def test_every_coder_is_listed_here():
@@ -17,6 +20,7 @@ def test_every_coder_is_listed_here():
 
 
 @pytest.mark.parametrize("piece", CODERS, ids=str)
+@ANY_TIME
 @given(
     plane=st.one_of(
         st.binary(max_size=3000), st.builds(lambda byte, n: byte * n, st.binary(max_size=3), st.integers(0, 9000))
@@ -29,6 +33,7 @@ def test_decode_undoes_encode(piece, plane):
 
 
 @pytest.mark.parametrize("piece", CODERS, ids=str)
+@ANY_TIME
 @given(stream=st.binary(max_size=200), n=st.integers(0, 2**40))
 def test_other_bytes_are_refused_before_anything_is_allocated(piece, stream, n):
     try:
@@ -48,9 +53,47 @@ def test_a_wrong_length_is_refused(piece):
         piece.decode(memoryview(bytes(stream) + b"\0"), 300)
 
 
-def test_zstd_level_is_checked():
+@pytest.mark.parametrize("piece", CODERS[1:], ids=str)
+@ANY_TIME
+@given(data=st.data())
+def test_damaged_bytes_are_refused_or_give_as_many(piece, data):
+    symbols = np.random.default_rng(0).geometric(0.3, 1000).astype(np.uint8)
+    stream = bytearray(piece.encode(symbols.data))
+    for _ in range(data.draw(st.integers(1, 3))):
+        # the head and the table lie at the ends
+        at = data.draw(st.integers(0, len(stream) - 1) | st.integers(0, 15) | st.integers(-60, -1))
+        stream[at] = data.draw(st.integers(0, 255))
+    stream = stream[: data.draw(st.just(len(stream)) | st.integers(0, len(stream)))]
+    try:
+        decoded = piece.decode(memoryview(bytes(stream)), symbols.size)
+    except ValueError:
+        return
+    assert len(decoded) == symbols.size
+
+
+def test_settings_are_checked():
     with pytest.raises(ValueError, match="level must be 1 to 22, got 23"):
         coder.Zstd(23)
+    with pytest.raises(ValueError, match="bits must be 3 or 4, got 5"):
+        coder.FixedPlanes(5)
+
+
+@pytest.mark.parametrize("piece", ORDER0, ids=str)
+def test_order_0_codes_leave_noise_alone_and_keep_one_byte_of_equal_ones(piece):
+    noise = np.random.default_rng(0).integers(0, 256, 2**16, np.uint8)
+    assert bytes(piece.encode(noise.data))[16:] == noise.tobytes()
+    assert bytes(piece.encode(bytes([7]) * 2**16))[16:] == bytes([7])
+
+
+def test_order_0_codes_are_ordered_by_size(gaussian_bf16):
+    exponents = ((gaussian_bf16(512, 512) >> 7) & 0xFF).astype(np.uint8).ravel()
+    p = np.bincount(exponents) / exponents.size
+    entropy = -(p[p > 0] * np.log2(p[p > 0])).sum()
+    rans, prefix, tiered, fixed, wide = (8 * len(piece.encode(exponents.data)) / exponents.size for piece in ORDER0)
+    assert entropy < rans < 1.01 * entropy
+    assert rans < prefix < huffman_bits(exponents) + 0.1  # the escape, its bytes, and 64 lanes to begin with
+    assert prefix < min(tiered, fixed)
+    assert max(tiered, fixed) < wide < 4.1
 
 
 def huffman_bits(plane: np.ndarray) -> float:

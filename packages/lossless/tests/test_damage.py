@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tersor.lossless import Recipe, open_packed, pack, recipes, unpack
+from tersor.lossless.coder import FixedPlanes, Huffman, Prefix6, Rans11, Tiered
 from tersor.lossless.container import Frames
 from tersor.lossless.container.manifest import Manifest, unsafe_paths
 from tersor.lossless.container.packed import Packed
@@ -25,9 +26,10 @@ FUZZ = settings(
 
 
 @pytest.fixture
-def small(tmp_path, model_directory):
-    """A packed file with several blocks per tensor, and its bytes."""
-    path = pack(model_directory, tmp_path / "packed", Recipe(container=Frames(10))).path
+def small(request, tmp_path, model_directory):
+    """A packed file with several blocks per tensor, and its bytes; its coder may be chosen."""
+    recipe = Recipe(coder=getattr(request, "param", Huffman()), container=Frames(10))
+    path = pack(model_directory, tmp_path / "packed", recipe).path
     return path, path.read_bytes()
 
 
@@ -70,7 +72,8 @@ def test_cut_doubled_and_overwritten_pieces_are_found(small, data):
         Packed(path).verify(threads=1)
 
 
-@FUZZ
+@pytest.mark.parametrize("small", [Huffman(), Rans11(), Prefix6(), Tiered(), FixedPlanes()], indirect=True, ids=str)
+@settings(FUZZ, max_examples=80)
 @given(data=st.data())
 def test_frames_with_forged_checksums_give_the_right_bytes_or_an_error(small, data):
     path, good = small
@@ -97,6 +100,23 @@ def test_frames_with_forged_checksums_give_the_right_bytes_or_an_error(small, da
     except LosslessError:
         return
     assert decoded == expected
+
+
+@pytest.mark.parametrize("small", [Rans11(), Prefix6(), Tiered(), FixedPlanes()], indirect=True, ids=str)
+@pytest.mark.parametrize("at", [4, 64 + 8, 64 + 16], ids=["plane is shorter", "head is wrong", "stream is wrong"])
+def test_a_damaged_plane_under_a_right_checksum_is_refused_and_its_tensor_named(small, at):
+    path, good = small
+    begin, end = Packed(path)._ranges["up"]
+    frame = bytearray(good[begin:end])
+    head = (64 + 16 * 3 + 63) // 64 * 64  # three blocks; then the first one's records, and at 64 its first plane
+    (size,) = struct.unpack_from("<I", frame, 64 + 8)
+    frame[head + at] ^= 1
+    frame[64:72] = xxh3(frame[head : head + size])
+    frame[56:64] = xxh3(frame[:56] + frame[64:head])
+    path.write_bytes(good[:begin] + frame + good[end:])
+    with pytest.raises(CorruptFile, match=r"packed: tensor 'up'(, block 0)?: \S"):
+        Packed(path).get_bytes("up")
+    assert len(Packed(path).get_bytes("norm")) == 4 * 64
 
 
 @pytest.mark.parametrize(

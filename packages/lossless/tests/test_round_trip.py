@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tersor.lossless import Recipe, open_packed, pack, recipes, unpack
-from tersor.lossless.coder import Huffman, Stored, Zstd
+from tersor.lossless.coder import FixedPlanes, Huffman, Stored, Tiered, Zstd
 from tersor.lossless.container import Frames
 from tersor.lossless.layout import BytePlanes, ExponentSplit, Raw
 
@@ -23,6 +23,10 @@ RECIPES = [
     Recipe(ExponentSplit(), Stored(), Frames(10)),
     Recipe(BytePlanes(), Zstd(1), Frames(10, Stored(), 10)),
     Recipe(Raw(), Huffman(), Frames(10)),
+    recipes.dfloat11(block_log2=10),
+    recipes.neuzip(block_log2=10),
+    Recipe(ExponentSplit(), Tiered(), Frames(10, Tiered(), 10)),
+    Recipe(BytePlanes(), FixedPlanes(4), Frames(10)),
 ]
 
 

@@ -19,7 +19,7 @@ class UnsupportedModel(NotImplementedError):
 
 class CacheStats(NamedTuple):
     seq_length: int
-    encoded_keys: int  # tokens whose keys are stored as codes, in each full-attention layer
+    encoded_keys: int  # tokens whose keys are read from codes, in each full-attention layer
     encoded_values: int
     nbytes: int
     dense_nbytes: int  # what transformers.DynamicCache would hold for the same tokens
@@ -30,13 +30,13 @@ class CompressedCache(Cache):
 
     Sliding-window and chunked-attention layers hold few bytes and keep them as they are. Attention gets dense tensors:
     those of one layer at a time are decoded in `update` and not held, so what is saved is memory between the layers'
-    turns, at the price of decoding the whole layer in each step.
+    turns, at the price of decoding the whole layer in each step. Inside `packed_attention` it reads the codes instead.
 
     Works with anything that takes a `Cache`: greedy, sampling, beam search, assisted and prompt-lookup decoding,
     batches with left padding (`PerChannel` says what padding does to codes).
 
     Args:
-        config: the model's config.
+        config: the model's config: `model.config` itself, which tells which attention the model has.
         recipe: as from `recipes`.
 
     >>> import torch
@@ -130,7 +130,7 @@ def _layers(config: PreTrainedConfig, recipe: Recipe) -> list[StoredLayer]:
     head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     recipe.check(getattr(decoder, "qk_head_dim", None) or head_dim, getattr(decoder, "v_head_dim", None) or head_dim)
     return [
-        CompressedLayer(recipe) if type_ == FULL else SlidingLayer(kwarg["sliding_window"], recipe.undo)
+        CompressedLayer(recipe, decoder) if type_ == FULL else SlidingLayer(kwarg["sliding_window"], recipe.undo)
         for type_, kwarg in zip(types, kwargs)
     ]
 

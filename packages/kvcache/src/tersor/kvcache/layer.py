@@ -2,11 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from copy import copy, deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from tersor.kvcache.history import PACKED_ATTENTION, LazyTensor
 from tersor.kvcache.recipe import Recipe
 from tersor.kvcache.stream import Stream, owned
 
@@ -70,10 +74,17 @@ class CompressedLayer(StoredLayer):
 
     is_sliding = False
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig):
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.config = recipe, config
         self.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedLayer":
+        # a copy belongs to the same model: it must see the attention that the model is given later
+        memo[id(self.config)] = self.config
+        layer = memo[id(self)] = copy(self)
+        layer.__dict__ = deepcopy(self.__dict__, memo)
+        return layer
 
     def reset(self) -> None:
         recipe = self.recipe
@@ -92,8 +103,13 @@ class CompressedLayer(StoredLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.streams
-        return keys.append(key_states, self.record_past), values.append(value_states, self.record_past)
+        keys, values = (
+            stream.append(x, self.record_past) for stream, x in zip(self.streams, (key_states, value_states))
+        )
+        # where gradients are wanted, they go through decoded tensors
+        if self.config._attn_implementation == PACKED_ATTENTION and not torch.is_grad_enabled():
+            return LazyTensor(keys), LazyTensor(values)
+        return keys.dense(), values.dense()
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.is_initialized:

@@ -38,8 +38,11 @@ class Codec(Protocol):
         """(batch, heads, seq, head_dim) in `dtype`; the same bits at every call."""
         ...
 
-    def crop(self, codes: Codes, seq_len: int) -> Codes:
-        """Codes of the first `seq_len` tokens, which decode as before; the last group may be left in part."""
+    def part(self, codes: Codes, start: int, stop: int) -> Codes:
+        """Codes of tokens `start` ... `stop` - 1, which decode as before; `start` is a multiple of `token_group`.
+
+        The last group may be left in part.
+        """
         ...
 
 
@@ -48,7 +51,7 @@ class Window(Protocol):
     def residual_length(self) -> int: ...
 
     def encoded(self, seq_len: int) -> int:
-        """How many of the oldest of `seq_len` tokens are stored as codes; never decreases with `seq_len`."""
+        """How many of the oldest of `seq_len` tokens are read from codes; never decreases with `seq_len`."""
         ...
 
 

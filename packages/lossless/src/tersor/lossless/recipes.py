@@ -1,13 +1,15 @@
 """Published systems as choices of pieces."""
 
 from .coder import Huffman as _Huffman
+from .coder import Prefix6 as _Prefix6
+from .coder import Rans11 as _Rans11
 from .coder import Zstd as _Zstd
 from .container import Frames as _Frames
 from .layout import ExponentSplit as _ExponentSplit
 from .layout import Raw as _Raw
 from .recipe import Recipe as _Recipe
 
-__all__ = ["zipnn", "zstd"]
+__all__ = ["dfloat11", "neuzip", "zipnn", "zstd"]
 
 
 def zipnn(block_log2: int = 18) -> _Recipe:
@@ -22,6 +24,31 @@ def zipnn(block_log2: int = 18) -> _Recipe:
         block_log2: a block has 2^block_log2 weights.
     """
     return _Recipe(_ExponentSplit(), _Huffman(), _Frames(block_log2))
+
+
+def dfloat11(block_log2: int = 18) -> _Recipe:
+    """DFloat11 (arXiv:2504.11651): a Huffman code of the exponents, sign and mantissa as they are.
+
+    Differs from the authors' code: codes of at most 6 bits and an escape (theirs: 32 bits), so that a decoder's table is
+    one register; a code for each block of 2^block_log2 weights (theirs: for a transformer block); all dtypes. This is
+    the form on disk: weights that stay compressed at run time, their main job, are not here.
+
+    Args:
+        block_log2: a block has 2^block_log2 weights.
+    """
+    return _Recipe(_ExponentSplit(), _Prefix6(), _Frames(block_log2))
+
+
+def neuzip(block_log2: int = 16) -> _Recipe:
+    """NeuZip (arXiv:2410.20650): exponents by asymmetric numeral systems, sign and mantissa as they are.
+
+    Differs from the authors' code: theirs is for bfloat16, this codes planes of all dtypes where that saves 1 %. This is
+    the lossless form on disk: training on compressed weights and shortened mantissas are not here.
+
+    Args:
+        block_log2: a block has 2^block_log2 weights.
+    """
+    return _Recipe(_ExponentSplit(), _Rans11(), _Frames(block_log2))
 
 
 def zstd(level: int = 3) -> _Recipe:

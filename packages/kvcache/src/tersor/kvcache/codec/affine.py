@@ -19,7 +19,9 @@ class AffineCodes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Affine:
+class Affine:
+    """Codecs whose codes are `AffineCodes`, which attention can read as they are."""
+
     bits: int = 4
     group_size: int = 32
 
@@ -35,7 +37,7 @@ class _Affine:
 
 
 @dataclass(frozen=True)
-class PerChannel(_Affine):
+class PerChannel(Affine):
     """Each channel is quantised over `group_size` consecutive tokens. For keys: their outliers sit in fixed channels.
 
     Source: arXiv:2402.02750, section 3.2. Scale and minimum are stored in 16 bits: in the dtype of the model if it has
@@ -69,13 +71,15 @@ class PerChannel(_Affine):
         q = pad(q, (0, 0, 0, -seq_len % self.group_size)).unflatten(2, (-1, self.group_size))
         return _dequantise(q, codes, dtype).flatten(2, 3)[:, :, :seq_len]
 
-    def crop(self, codes: AffineCodes, seq_len: int) -> AffineCodes:
-        groups = -(-seq_len // self.group_size)
-        return AffineCodes(codes.packed[:, :, :seq_len], codes.scale[:, :, :groups], codes.minimum[:, :, :groups])
+    def part(self, codes: AffineCodes, start: int, stop: int) -> AffineCodes:
+        first, last = start // self.group_size, -(-stop // self.group_size)
+        return AffineCodes(
+            codes.packed[:, :, start:stop], codes.scale[:, :, first:last], codes.minimum[:, :, first:last]
+        )
 
 
 @dataclass(frozen=True)
-class PerToken(_Affine):
+class PerToken(Affine):
     """Each token is quantised over groups of `group_size` channels. For values: errors stay within the token.
 
     Source: arXiv:2402.02750, section 3.2; rounding of scale and minimum as in `PerChannel`.
@@ -102,8 +106,8 @@ class PerToken(_Affine):
         q = unpack_bits(codes.packed, self.bits, codes.scale.shape[3] * self.group_size)
         return _dequantise(q.unflatten(-1, (-1, self.group_size)), codes, dtype).flatten(3)
 
-    def crop(self, codes: AffineCodes, seq_len: int) -> AffineCodes:
-        return AffineCodes(*(t[:, :, :seq_len] for t in codes))
+    def part(self, codes: AffineCodes, start: int, stop: int) -> AffineCodes:
+        return AffineCodes(*(t[:, :, start:stop] for t in codes))
 
 
 def _quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:

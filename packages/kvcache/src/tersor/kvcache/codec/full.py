@@ -33,5 +33,5 @@ class FullPrecision:
     def decode(self, codes: Plain, dtype: torch.dtype) -> Tensor:
         return codes.x.to(dtype)
 
-    def crop(self, codes: Plain, seq_len: int) -> Plain:
-        return Plain(codes.x[:, :, :seq_len])
+    def part(self, codes: Plain, start: int, stop: int) -> Plain:
+        return Plain(codes.x[:, :, start:stop])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RecentWindow:
-    """The newest `residual_length` tokens, always; an older one is encoded as soon as its group is complete.
+    """The newest `residual_length` tokens, always; an older one is read from its codes as soon as its group is complete.
 
     Source: arXiv:2402.02750, section 3.3, values.
     """

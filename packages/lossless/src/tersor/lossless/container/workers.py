@@ -1,4 +1,4 @@
-"""Threads that take blocks: numpy, zstandard and xxhash release the interpreter while they work on one."""
+"""Threads that take blocks: numpy, zstandard, xxhash and the kernels' coders release the interpreter while they work on one."""
 
 import os
 from collections import deque
