@@ -66,3 +66,29 @@ def make_model():
 def ids(generator) -> torch.Tensor:
     """Calibration data: enough tokens for layers of 96 inputs."""
     return torch.randint(3, SIZES["vocab_size"], (16, 32), generator=generator)
+
+
+@pytest.fixture
+def in_double():
+    """A model in float64, also in its norms, which otherwise go to float32 whatever they are given."""
+    to = torch.Tensor.to
+
+    def stay(tensor, *args, **kwargs):
+        return tensor if args == (torch.float32,) and tensor.dtype == torch.float64 else to(tensor, *args, **kwargs)
+
+    def patched(forward):
+        def run(x):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "to", stay)
+                patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+                return forward(x)
+
+        return run
+
+    def double(model: PreTrainedModel) -> PreTrainedModel:
+        for name, module in model.double().named_modules():
+            if "norm" in name:
+                module.forward = patched(module.forward)
+        return model
+
+    return double

@@ -1,15 +1,24 @@
 """Calibration: the data, the inputs of blocks, the second moments."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.quant.blocks import find_blocks, linears
-from tersor.quant.calibration import SecondMoments, batches, block_inputs, num_tokens, second_moments, shared_inputs
+from tersor.quant.calibration import (
+    SecondMoments,
+    batches,
+    block_inputs,
+    first_inputs,
+    num_tokens,
+    second_moments,
+    shared_inputs,
+)
 
 a_few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -30,8 +39,10 @@ def test_moments_of_parts_add_up_to_those_of_the_whole(sizes, seed):
     merged = sum((moments_of(part) for part in x.split(sizes)), start=SecondMoments(4))
     for moments in (streamed, merged):
         assert torch.equal(moments.sum, whole.sum)
+        assert torch.equal(moments.maxima, whole.maxima)
         assert moments.count == whole.count == sum(sizes)
     assert torch.equal(whole.sum, x.double().T @ x.double())
+    assert torch.equal(whole.maxima, torch.cat([x.abs(), torch.zeros(1, 4)]).amax(0))
 
 
 def test_merging_leaves_both_parts_as_they_were(generator):
@@ -111,7 +122,7 @@ def test_masks_and_positions_that_repeat_are_held_once(make_model, ids):
     assert held == of_one
 
 
-def tensors(value) -> list[torch.Tensor]:
+def tensors(value) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_leaves(value)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
@@ -121,9 +132,79 @@ def test_inputs_are_noted_without_leaving_hooks_behind(make_model, ids):
     _, blocks = find_blocks(model)
     bad = ids.clone()
     bad[-1, -1] = 10**6  # no such token
-    with pytest.raises(IndexError):
-        block_inputs(model, blocks, batches(bad))
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    for note in (block_inputs, partial(first_inputs, waiting=[])):
+        with pytest.raises(IndexError):
+            note(model, blocks, batches(bad.split(4)))
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert not any("forward" in vars(block) for block in blocks)
+
+
+def counted(block: nn.Module) -> list[int]:
+    """Grows with every call of what is in the block."""
+    calls: list[int] = []
+    next(block.children()).register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def assert_same_inputs(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.hidden, other.hidden)
+        leaves, others = (torch.utils._pytree.tree_leaves((i.arguments, i.keywords)) for i in (one, other))
+        for a, b in zip(leaves, others, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize(("waiting", "whole"), [([], 1), (["an expert"], 4)], ids=["all met", "one missing"])
+def test_blocks_after_the_first_are_run_only_until_all_linears_are_met(waiting, whole, make_model, kind, ids):
+    model = make_model(kind)
+    _, blocks = find_blocks(model)
+    mask = torch.ones_like(ids)
+    mask[::3, -5:] = 0
+    data = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4))]
+    expected, calls = block_inputs(model, blocks, data), counted(blocks[1])
+    found = first_inputs(model, blocks, data, waiting)
+    assert len(calls) == whole
+    assert_same_inputs(found, expected)
+    assert all((one.mask is None) == (other.mask is None) for one, other in zip(found, expected))
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+class Block(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, hidden: Tensor, told: Tensor | None = None) -> Tensor:
+        return self.linear(hidden)
+
+
+class Chain(nn.Module):
+    """Blocks of several widths; if it `tells`, each is given a number that the one before it computed."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *widths: int, tells: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(*pair) for pair in pairwise(widths))
+        self.norm, self.tells = nn.LayerNorm(widths[-1]), tells
+
+    @property
+    def base_model(self) -> "Chain":
+        return self
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden = nn.functional.one_hot(input_ids, 8).float()
+        for block in self.blocks:
+            hidden = block(hidden, hidden.mean()) if self.tells else block(hidden)
+        return self.norm(hidden)
+
+
+@pytest.mark.parametrize("model", [Chain(8, 8, 8, 8, tells=True), Chain(8, 8, 4, 4)], ids=["a number", "a width"])
+def test_all_blocks_are_run_where_one_takes_more_than_hidden_states_from_another(model, generator):
+    data = [{"input_ids": part} for part in torch.randint(8, (6, 5), generator=generator).split(2)]
+    expected, calls = block_inputs(model, model.blocks, data), counted(model.blocks[1])
+    assert_same_inputs(first_inputs(model, model.blocks, data, []), expected)
+    assert len(calls) == len(data)
 
 
 @torch.no_grad()

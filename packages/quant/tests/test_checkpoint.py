@@ -16,7 +16,7 @@ from tersor.quant.checkpoint import FORMAT_VERSION, UnsupportedCheckpoint, regis
 from tersor.quant.linear import QuantizedLinear
 
 GRIDS = [
-    (bits, group_size, symmetric) for bits in range(2, 9) for group_size in (32, None) for symmetric in (False, True)
+    (bits, group_size, symmetric) for bits in range(1, 9) for group_size in (32, None) for symmetric in (False, True)
 ]
 
 
@@ -123,11 +123,11 @@ def test_the_config_tells_the_version_the_recipe_and_the_grid_of_every_layer(mak
     model = quantize(make_model(), recipes.gptq(3, 16, symmetric=True), ids, keep=["o_proj"])
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    grid = {"type": "IntGrid", "bits": 3, "group_size": 16, "symmetric": True}
+    grid = {"type": "IntGrid", "bits": 3, "group_size": 16, "symmetric": True, "restricted": False, "float_zero": False}
     assert (config["quant_method"], config["format_version"]) == ("tersor", FORMAT_VERSION)
     assert config["recipe"]["grid"] == grid
     assert config["recipe"]["solver"]["type"] == "GPTQ"
-    assert config["grids"] == [grid]
+    assert config["schemes"] == [{"grid": grid}]
     assert set(config["layers"]) == {name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert "model.layers.0.self_attn.o_proj" not in config["layers"]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].self_attn.o_proj) is nn.Linear
@@ -178,14 +178,14 @@ def test_it_becomes_a_plain_model_again(saved, ids, tmp_path):
 def test_a_checkpoint_of_a_later_version_is_refused(saved):
     _, directory = saved
     edit(directory, lambda config: config.update(format_version=FORMAT_VERSION + 1))
-    with pytest.raises(UnsupportedCheckpoint, match=f"version {FORMAT_VERSION + 1}.* reads up to {FORMAT_VERSION}:"):
+    with pytest.raises(UnsupportedCheckpoint, match=f"version {FORMAT_VERSION + 1}.* reads {FORMAT_VERSION}:"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
 def test_a_grid_of_a_later_version_is_refused(saved):
     _, directory = saved
-    edit(directory, lambda config: config["grids"][0].update(type="MidriseGrid"))
-    with pytest.raises(UnsupportedCheckpoint, match="uses a MidriseGrid, which this tersor.quant does not have"):
+    edit(directory, lambda config: config["schemes"][0]["grid"].update(type="MidriseGrid"))
+    with pytest.raises(UnsupportedCheckpoint, match="uses 'MidriseGrid', which this tersor.quant does not have"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 

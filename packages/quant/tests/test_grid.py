@@ -146,7 +146,7 @@ def test_scales_beyond_float16_are_refused():
         IntGrid(2, None).fit(torch.full((1, 8), 1e6))
 
 
-@pytest.mark.parametrize("settings", [{"bits": 1}, {"bits": 9}, {"group_size": 0}])
+@pytest.mark.parametrize("settings", [{"bits": 0}, {"bits": 9}, {"group_size": 0}])
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         IntGrid(**settings)

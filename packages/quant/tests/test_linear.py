@@ -7,21 +7,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tersor.quant.grid import IntGrid
+from tersor.quant.grid import Grid, IntGrid, bits_per_weight
 from tersor.quant.linear import QuantizedLinear
+from tersor.quant.scheme import Scheme
 from tersor.quant.solver import RTN
 
 GRIDS = [
     IntGrid(bits, group_size, symmetric)
-    for bits in range(2, 9)
+    for bits in range(1, 9)
     for group_size in (16, 40, None)
     for symmetric in (False, True)
-]
-every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.bits}-{g.group_size}-{g.symmetric}")
+] + [IntGrid(8, None, symmetric=True, restricted=True), IntGrid(3, 40, float_zero=True)]
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
-def quantized(linear: nn.Linear, grid: IntGrid) -> QuantizedLinear:
-    return QuantizedLinear.from_linear(linear, *RTN().solve(linear.weight.detach().float(), grid, None), grid)
+def quantized(linear: nn.Linear, grid: Grid) -> QuantizedLinear:
+    result = RTN().solve(linear.weight.detach().float(), grid, None)
+    return QuantizedLinear.from_linear(linear, Scheme(grid), grid.pack(*result))
 
 
 @pytest.fixture
@@ -38,22 +40,23 @@ def test_it_decodes_to_what_the_grid_decodes(grid, linear):
     codes, params = RTN().solve(weight, grid, None)
     layer = quantized(linear, grid)
     assert torch.equal(layer.dequantize(), grid.decode(codes, params))
-    assert all(torch.equal(stored, given) for stored, given in zip(layer.params, params))
+    for stored, given in zip(grid.unpack(layer.stored(), (7, 80)), (codes, params)):
+        assert all(torch.equal(*pair) for pair in zip(stored, given))
     assert layer.weight_shape == (7, 80)
 
 
 @every_grid
 def test_bits_per_weight_are_those_of_the_stored_bytes(grid, linear):
     layer = quantized(linear, grid)
-    assert grid.bits_per_weight(7, 80) == 8 * layer.nbytes / (7 * 80)
+    assert bits_per_weight(grid, 7, 80) == 8 * layer.nbytes / (7 * 80)
     assert layer.nbytes == sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
 
 
 def test_four_bits_in_groups_of_64_take_less_than_30_percent_of_bfloat16():
     # 4 bits of code, and in each group a scale of 16 bits and a zero point of 4
-    assert IntGrid(4, 64).bits_per_weight(256, 512) == 4 + 20 / 64
-    assert IntGrid(4, 64, symmetric=True).bits_per_weight(256, 512) == 4 + 16 / 64
-    assert IntGrid(4, 64).bits_per_weight(256, 512) <= 0.3 * 16
+    assert bits_per_weight(IntGrid(4, 64), 256, 512) == 4 + 20 / 64
+    assert bits_per_weight(IntGrid(4, 64, symmetric=True), 256, 512) == 4 + 16 / 64
+    assert bits_per_weight(IntGrid(4, 64), 256, 512) <= 0.3 * 16
 
 
 @every_grid
@@ -96,7 +99,7 @@ def test_symmetric_grids_store_no_zero_points(linear):
 @every_grid
 def test_state_dicts_and_copies_hold_the_layer(grid, linear, generator):
     layer, x = quantized(linear, grid), torch.randn(3, 80, generator=generator)
-    other = QuantizedLinear(80, 7, True, grid)
+    other = QuantizedLinear(80, 7, True, Scheme(grid))
     other.load_state_dict(layer.state_dict())
     for copied in (other, copy.deepcopy(layer)):
         assert torch.equal(copied(x), layer(x))
@@ -139,5 +142,5 @@ def test_a_call_in_inference_mode_does_not_stop_later_gradients(linear, generato
 def test_it_says_what_it_is(linear):
     assert repr(quantized(linear, IntGrid(4, 16))) == (
         "QuantizedLinear(in_features=80, out_features=7, bias=True, "
-        "grid=IntGrid(bits=4, group_size=16, symmetric=False))"
+        "grid=IntGrid(bits=4, group_size=16, symmetric=False, restricted=False, float_zero=False))"
     )

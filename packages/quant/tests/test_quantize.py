@@ -38,7 +38,7 @@ def slow_walk(model, recipe, ids):
                     moments = SecondMoments(linear.in_features)
                     moments.update(seen[0].flatten(0, 1))
                     result = recipe.solver.solve(linear.weight, recipe.grid, moments.mean)
-                    layers[name] = QuantizedLinear.from_linear(linear, *result, recipe.grid)
+                    layers[name] = QuantizedLinear.from_linear(linear, recipe.scheme, recipe.grid.pack(*result))
             for name, layer in layers.items():
                 model.model.layers[index].set_submodule(name, layer)
     return model

@@ -2,13 +2,16 @@
 
 import copy
 import math
+import re
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tersor.quant import Recipe, quantize, recipes
+from tersor.quant.allocation import Evolution
 from tersor.quant.grid import IntGrid
 from tersor.quant.linear import QuantizedLinear
 from tersor.quant.solver import GPTQ, RTN
@@ -21,6 +24,59 @@ def test_the_recipes_pick_their_pieces():
     assert recipes.rtn(3, None, symmetric=True) == Recipe(IntGrid(3, None, symmetric=True), RTN())
     assert recipes.gptq() == Recipe(IntGrid(4, 64), GPTQ())
     assert recipes.gptq(8, 32, True, "none", 0.1) == Recipe(IntGrid(8, 32, symmetric=True), GPTQ(0.1, "none"))
+
+
+EVERY = [getattr(recipes, name) for name in recipes.__all__]
+# knobs that suit models of width 64 and 96, and keep the tests short
+SMALL = {
+    "abq": {"epochs": 2},
+    "aqlm": {"codebook_bits": 5, "steps": 5, "tolerance": 0.9},
+    "awq": {"group_size": 32},
+    "bitstack": {"blocks": 2, "rank": 4},
+    "bipolar_int": {"group_size": 32},
+    "brecq": {"group_size": 32, "steps": 10},
+    "butterflyquant": {"group_size": 32, "steps": 3},
+    "calibtip": {"group_size": 32},
+    "comet": {"group_size": 32},
+    "dbllm": {"group_size": 32, "steps": 5},
+    "dgq": {"group_size": 32},
+    "eora": {"group_size": 32, "rank": 4},
+    "evopress": {"group_size": 32, "search": Evolution(generations=2, offspring=4, survivors=(1,), tokens=(128,))},
+    "gptq": {"group_size": 32},
+    "higgs": {"group_size": 32},
+    "hqq": {"group_size": 32},
+    "nf4": {"group_size": 32},
+    "odyssey": {"steps": 5},
+    "ohq": {"group_size": 32},
+    "ptq161": {"steps": 10},
+    "pv_tuning": {"vector_size": 4, "codebook_bits": 5, "steps": 5, "tolerance": 0.9},
+    "quantease": {"group_size": 32},
+    "rtn": {"group_size": 32},
+    "seedlm": {"seed_bits": 8},
+    "smoothquant_plus": {"group_size": 32},
+}
+
+
+@pytest.mark.parametrize("recipe", EVERY, ids=lambda recipe: recipe.__name__)
+def test_every_recipe_quantises_saves_and_comes_back(recipe, make_model, ids, tmp_path):
+    original = make_model()
+    with torch.no_grad():
+        dense = original(ids).logits
+        model = quantize(original, recipe(**SMALL.get(recipe.__name__, {})), ids)
+        logits = model(ids).logits
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert len(layers) == 2 * 7
+    assert all(0 < layer.relative_error < 0.5 for layer in layers)
+    assert not torch.equal(logits, dense)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, logits)
+
+
+@pytest.mark.parametrize("recipe", EVERY, ids=lambda recipe: recipe.__name__)
+def test_every_recipe_names_its_source(recipe):
+    assert re.match(r"[\w+.\- ]+ \((arXiv:\d{4}\.\d{5}|https://\S+)\): .+", recipe.__doc__.splitlines()[0])
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """What goes into a layer: calibration data, the inputs of blocks, the second moments of the inputs of linears."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 # rows of token ids are run together up to this many tokens
@@ -15,11 +16,12 @@ _BATCH_TOKENS = 2048
 
 
 class SecondMoments:
-    """Sum of x x^T over tokens, and their count; what two parts of the data gave merges by addition."""
+    """Sum of x x^T over tokens, their count, and max |x_j|; what two parts of the data gave merges by addition."""
 
     def __init__(self, in_features: int, device: torch.device | None = None) -> None:
         # float64: in a sum over many tokens float32 would lose the low bits of the later ones
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.maxima = torch.zeros(in_features, device=device)  # of magnitudes
         self.count = 0
 
     @property
@@ -31,13 +33,45 @@ class SecondMoments:
         """Take in the rows of `x` (tokens, in)."""
         x = x.float()
         self.sum += x.T @ x
+        if len(x):
+            self.maxima = self.maxima.maximum(x.abs().amax(0))
         self.count += len(x)
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         merged = SecondMoments(len(self.sum), self.sum.device)
         merged.sum = self.sum + other.sum
+        merged.maxima = self.maxima.maximum(other.maxima)
         merged.count = self.count + other.count
         return merged
+
+    def merge(self) -> None:
+        """Add what the other processes have seen, where `torch.distributed` runs: all of them then hold the same."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return
+        count = torch.tensor([self.count], device=self.sum.device)
+        distributed.all_reduce(self.sum)
+        distributed.all_reduce(self.maxima, distributed.ReduceOp.MAX)
+        distributed.all_reduce(count)
+        self.count = int(count)
+
+
+def own_part(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What this process runs of `data`: every n-th row where `torch.distributed` runs n processes.
+
+    Raises:
+        ValueError: there are fewer rows than processes.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return data
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    parts, seen = [], 0
+    for batch in data:
+        first = (rank - seen) % processes
+        seen += len(batch["input_ids"])
+        parts.append({name: tensor[first::processes] for name, tensor in batch.items()})
+    if seen < processes:
+        raise ValueError(f"calibration has {seen} sequences for {processes} processes; give more, or start fewer")
+    return [part for part in parts if len(part["input_ids"])]
 
 
 def batches(calibration: Any) -> list[dict[str, Tensor]]:
@@ -93,12 +127,14 @@ class BlockInputs:
         hidden: (batch, seq, hidden), the input of the next block.
         arguments, keywords: per block, what it is called with besides (masks, positions).
         mask: (batch, seq), true where a token is no padding; None where nothing is padded.
+        shapes: of the hidden states that the model gave to its blocks.
     """
 
     hidden: Tensor
     mask: Tensor | None
     arguments: list[tuple[Any, ...]] = field(default_factory=list)
     keywords: list[dict[str, Any]] = field(default_factory=list)
+    shapes: set[torch.Size] = field(default_factory=set)
 
     def run(self, index: int, block: nn.Module) -> Tensor:
         """Output of block `index` for these inputs."""
@@ -109,6 +145,62 @@ class BlockInputs:
 @torch.no_grad()
 def block_inputs(model: Any, blocks: Iterable[nn.Module], data: Iterable[Mapping[str, Tensor]]) -> list[BlockInputs]:
     """One pass of every batch through the model, noting what its blocks are called with."""
+    with _noting(model, blocks) as noted:
+        return [noted(batch) for batch in data]
+
+
+@torch.no_grad()
+def first_inputs(
+    model: Any, blocks: nn.ModuleList, data: Sequence[Mapping[str, Tensor]], waiting: Collection[Any]
+) -> list[BlockInputs]:
+    """The same, without running more blocks than the first where that shows in nothing that is noted.
+
+    A batch is run whole as long as something is `waiting` to be called; and so are all, if on the first batch blocks
+    were given anything by those before them but hidden states of one shape.
+    """
+    with _noting(model, blocks) as noted:
+        found = [noted(data[0])]
+        alike = False
+        if len(data) > 1 and len(found[0].shapes) == 1:
+            with passed_through(blocks):
+                alike = _same_arguments(found[0], noted(data[0]))
+        for batch in data[1:]:
+            with passed_through(blocks) if alike and not waiting else nullcontext():
+                found.append(noted(batch))
+    return found
+
+
+@contextmanager
+def passed_through(blocks: nn.ModuleList) -> Iterator[None]:
+    """Inside, all blocks but the first give back the hidden states that they are called with."""
+    form: list[Any] = []
+
+    def through(*arguments: Any, **keywords: Any) -> Any:
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        return hidden if isinstance(form[-1], Tensor) else (hidden, *form[-1][1:])
+
+    handle = blocks[0].register_forward_hook(lambda block, arguments, output: form.append(output))
+    for block in blocks[1:]:
+        block.forward = through
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in blocks[1:]:
+            del block.forward
+
+
+def _same_arguments(one: BlockInputs, other: BlockInputs) -> bool:
+    """Of two that were noted together, so that tensors that are equal are one."""
+    leaves, others = (pytree.tree_leaves((each.arguments, each.keywords)) for each in (one, other))
+    return len(leaves) == len(others) and all(
+        a is b or (isinstance(a, bool | int | float | str) and a == b) for a, b in zip(leaves, others)
+    )
+
+
+@contextmanager
+def _noting(model: Any, blocks: Iterable[nn.Module]) -> Iterator[Callable[[Mapping[str, Tensor]], BlockInputs]]:
+    """Inside, there is a function that runs the model on a batch and gives what its blocks were called with."""
     known: list[Tensor] = []
 
     def shared(value: Any) -> Any:
@@ -127,23 +219,26 @@ def block_inputs(model: Any, blocks: Iterable[nn.Module], data: Iterable[Mapping
         hidden, *rest = arguments or (keywords.pop("hidden_states"),)
         if not noted.keywords:
             noted.hidden = hidden
+        noted.shapes.add(hidden.shape)
         noted.arguments.append(pytree.tree_map(shared, tuple(rest)))
         noted.keywords.append(pytree.tree_map(shared, keywords))
 
-    found = []
+    def run(batch: Mapping[str, Tensor]) -> BlockInputs:
+        nonlocal noted
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        noted = BlockInputs(torch.empty(0), None if mask is None or bool(mask.all()) else mask)
+        # the base model: without the head there are no logits, which may be larger than all else
+        model.base_model(**inputs, use_cache=False)
+        return noted
+
+    noted: BlockInputs
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     try:
-        for batch in data:
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-            noted = BlockInputs(torch.empty(0), None if mask is None or bool(mask.all()) else mask)
-            # the base model: without the head there are no logits, which may be larger than all else
-            model.base_model(**inputs, use_cache=False)
-            found.append(noted)
+        yield run
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 class SharedInput(NamedTuple):
@@ -179,6 +274,18 @@ def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], Any]) -> l
 Pass = tuple[Callable[[], Any], Tensor | None]
 
 
+def block_passes(block: nn.Module, inputs: Iterable[BlockInputs], index: int) -> list[Pass]:
+    """A pass through block `index` for each batch."""
+    return [(partial(each.run, index, block), each.mask) for each in inputs]
+
+
+def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` (..., features) as (tokens, features), those that `mask` (batch, seq) calls padding left out."""
+    found = x.reshape(-1, x.shape[-1])
+    # an expert is given fewer rows, none of them for padding alone
+    return found if mask is None or len(found) != mask.numel() else found[mask.flatten()]
+
+
 class _SeenAll(Exception):
     """Ends a pass through a block that has nothing more to show."""
 
@@ -194,8 +301,7 @@ def second_moments(linear: nn.Linear, calls: int, passes: Iterable[Pass]) -> Sec
     def collecting(mask: Tensor | None, calls_left: int) -> Callable[[str, Tensor], None]:
         def take(_: str, x: Tensor) -> None:
             nonlocal calls_left
-            rows = x.reshape(-1, linear.in_features)
-            moments.update(rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()])
+            moments.update(token_rows(x, mask))
             calls_left -= 1
             if not calls_left:
                 raise _SeenAll

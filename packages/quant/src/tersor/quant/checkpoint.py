@@ -1,10 +1,11 @@
 """Checkpoints: transformers saves and loads quantised models by itself once our quantiser is registered with it."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -13,11 +14,12 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tersor.quant import grid
+from tersor.quant.experts import SeparateExperts, separate_experts
 from tersor.quant.linear import QuantizedLinear
 from tersor.quant.recipe import Recipe
+from tersor.quant.scheme import Scheme, to_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -28,30 +30,32 @@ class TersorConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: all that is needed to make the layers that the tensors are loaded into.
 
     Args:
-        grids: the grids in use: the class under "type", and its fields.
-        layers: name of each quantised layer -> index of its grid in `grids`.
+        schemes: how layers are stored: for each axis the piece's class under "type", and its fields.
+        layers: name of each quantised layer -> index of its scheme in `schemes`.
         recipe: what the model was quantised with, to be read by people.
+        experts: names of the modules whose experts have linears of their own.
 
     Raises:
-        UnsupportedCheckpoint: it was written by a later version.
+        UnsupportedCheckpoint: it was written by another version.
     """
 
     def __init__(
         self,
-        grids: list[dict[str, Any]],
+        schemes: list[dict[str, Any]],
         layers: dict[str, int],
         recipe: dict[str, Any] | None = None,
+        experts: Sequence[str] = (),
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION:
+        if format_version != FORMAT_VERSION:
+            way_out = "pip install -U tersor-quant" if format_version > FORMAT_VERSION else "quantise the model again"
             raise UnsupportedCheckpoint(
-                f"the checkpoint has format version {format_version}, but this tersor.quant reads up to {FORMAT_VERSION}: "
-                "pip install -U tersor-quant"
+                f"the checkpoint has format version {format_version}, but this tersor.quant reads {FORMAT_VERSION}: {way_out}"
             )
         self.quant_method = "tersor"  # pyright: ignore[reportAttributeAccessIssue]  transformers compares it as a string
         self.format_version = format_version
-        self.grids, self.layers, self.recipe = grids, layers, recipe
+        self.schemes, self.layers, self.recipe, self.experts = schemes, layers, recipe, list(experts)
 
 
 class TersorQuantizer(HfQuantizer):
@@ -60,7 +64,9 @@ class TersorQuantizer(HfQuantizer):
     requires_calibration = True  # only checkpoints are loaded: quantising is `quantize`'s work
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        grids = [_grid(fields) for fields in self.quantization_config.grids]
+        for name in self.quantization_config.experts:
+            separate_experts(model.get_submodule(_name_in(model, name, nn.Module)))
+        schemes = [_scheme(pieces) for pieces in self.quantization_config.schemes]
         for name, index in self.quantization_config.layers.items():
             name = _name_in(model, name)
             linear = model.get_submodule(name)
@@ -68,11 +74,17 @@ class TersorQuantizer(HfQuantizer):
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
-                grids[index],
+                schemes[index],
                 "meta",
                 linear.weight.dtype,
             )
             model.set_submodule(name, layer)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Those that rename; the others would make one tensor of all experts."""
+        if not self.quantization_config.experts:
+            return weight_conversions
+        return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Raises UnsupportedCheckpoint where transformers only reports that tensors are missing or do not fit."""
@@ -104,10 +116,14 @@ def register() -> None:
 
 def mark(model: Any, recipe: Recipe) -> Any:
     """`model`, as transformers marks a loaded quantised one: `save_pretrained` then writes the config that loads it."""
-    layers = {name: module.grid for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    grids = list(dict.fromkeys(layers.values()))
-    pieces = {axis: _fields(getattr(recipe, axis)) for axis in ("grid", "solver")}
-    config = TersorConfig([_fields(g) for g in grids], {name: grids.index(g) for name, g in layers.items()}, pieces)
+    pieces = recipe.scheme.to_dict() | {"solver": to_dict(recipe.solver)}
+    pieces["transforms"] = [to_dict(transform) for transform in recipe.transforms]
+    pieces["tuning"] = [to_dict(tuning) for tuning in recipe.tuning]
+    experts = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
+    if experts:
+        # saved under the names that they have here: what they were loaded from had other tensors
+        model._weight_conversions = []
+    config = TersorConfig(*schemes_in(model), pieces, experts)
     model.config.quantization_config = config
     model.hf_quantizer = TersorQuantizer(config, pre_quantized=True)
     model.quantization_method = config.quant_method
@@ -115,25 +131,28 @@ def mark(model: Any, recipe: Recipe) -> Any:
     return model
 
 
-def _fields(piece: Any) -> dict[str, Any]:
-    return {"type": type(piece).__name__} | asdict(piece)
+def schemes_in(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """`schemes` and `layers` of `TersorConfig`."""
+    layers = {name: module.scheme for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    index = {scheme: i for i, scheme in enumerate(dict.fromkeys(layers.values()))}
+    return [scheme.to_dict() for scheme in index], {name: index[scheme] for name, scheme in layers.items()}
 
 
-def _grid(fields: dict[str, Any]) -> grid.IntGrid:
-    kind = fields["type"]
-    if kind not in grid.__all__:
+def _scheme(pieces: dict[str, Any]) -> Scheme:
+    try:
+        return Scheme.from_dict(pieces)
+    except (KeyError, TypeError) as error:
         raise UnsupportedCheckpoint(
-            f"the checkpoint uses a {kind}, which this tersor.quant does not have: pip install -U tersor-quant"
-        )
-    return getattr(grid, kind)(**{name: value for name, value in fields.items() if name != "type"})
+            f"the checkpoint uses {error}, which this tersor.quant does not have: pip install -U tersor-quant"
+        ) from error
 
 
-def _name_in(model: Any, name: str) -> str:
+def _name_in(model: Any, name: str, kind: type[nn.Module] = nn.Linear) -> str:
     """Name in `model` of the linear that the checkpoint calls `name`: a base model has no prefix of its own."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         try:
-            if isinstance(model.get_submodule(candidate), nn.Linear):
+            if isinstance(model.get_submodule(candidate), kind):
                 return candidate
         except AttributeError:
             continue

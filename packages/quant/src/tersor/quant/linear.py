@@ -1,59 +1,67 @@
-"""A linear layer whose weight is stored as packed codes."""
+"""A linear layer whose weight is stored as a grid lays it out."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tersor.kernels import dequant_matmul, pack_bits, unpack_bits
-from tersor.quant.grid import IntGrid, IntParams
+from tersor.quant.grid import Buffer, Grid
+from tersor.quant.grid.decoded import Decoded
+from tersor.quant.scheme import Scheme
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + bias with W = grid.decode(codes, params): only codes and parameters are stored, packed.
+    """y = activation(x T) (W^ + C)^T + bias, of what `scheme` says; only what its pieces lay out is stored.
+
+    The grid's buffers have their own names; those of the other pieces follow the axis: `transform_angles`.
 
     Args:
         in_features: as of `nn.Linear`, as are `out_features` and `bias`.
-        grid: what the codes mean.
         dtype: of the bias.
     """
-
-    codes: Tensor  # (out, ceil(in / 8) * bits), uint8, packed along `in`
-    # float16 scales (out, groups) as the int16 of the same bits: so neither `model.to(dtype)` nor a loader rounds them
-    scale_bits: Tensor
-    zero_points: Tensor | None  # all (out * groups) of them packed, uint8; None where the grid is symmetric
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool,
-        grid: IntGrid,
+        scheme: Scheme,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.grid = in_features, out_features, grid
-        self.num_groups = grid.groups(in_features)
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         for name, (shape, buffer_dtype) in self.layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
-        if grid.symmetric:
-            self.register_buffer("zero_points", None)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # zero points as the kernel takes them, from the first call on: unpacking them costs as much as a small product
-        self._unpacked: Tensor | None = None
+        # what the grid's product takes, from the first call on
+        self._prepared: tuple[Any, ...] | None = None
+        self._decoded = False
         # relative squared error of the outputs on the calibration data; known only in the process that quantised
         self.relative_error: float | None = None
+        # what the grid's codes stand for, (out, in), float32; known only while a recipe with tunings quantises
+        self.original: Tensor | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, codes: Tensor, params: IntParams, grid: IntGrid) -> Self:
-        """The layer that stores `codes` (out, in) in place of the weight of `linear`, with its bias."""
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        stored: Mapping[str, Tensor],
+        transform: Mapping[str, Tensor] | None = None,
+        compensation: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """The layer that stores what the pieces of `scheme` packed in place of the weight of `linear`, with its bias."""
         weight = linear.weight
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, grid, weight.device, weight.dtype)
-        layer.codes = pack_bits(codes, grid.bits)
-        layer.scale_bits = params.scale.contiguous().view(torch.int16)
-        if not grid.symmetric:
-            layer.zero_points = pack_bits(params.zero_point.flatten(), grid.bits)
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, scheme, weight.device, weight.dtype
+        )
+        parts = {"": stored, "transform_": transform or {}, "compensation_": compensation or {}}
+        for prefix, buffers in parts.items():
+            for name, tensor in buffers.items():
+                setattr(layer, prefix + name, tensor)
         if linear.bias is not None:
             layer.bias = linear.bias
         return layer
@@ -67,15 +75,19 @@ class QuantizedLinear(nn.Module):
             linear.bias.data = self.bias.data.to(weight.dtype)
         return linear
 
-    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def replace(self, stored: Mapping[str, Tensor]) -> None:
+        """Put other buffers in the place of the grid's own."""
+        for name, buffer in self.stored().items():
+            buffer.copy_(stored[name])
+        self._prepared = None
+
+    def layout(self) -> dict[str, Buffer]:
         """Shape and dtype of each buffer."""
-        rows, bits = self.out_features, self.grid.bits
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "codes": ((rows, -(-self.in_features // 8) * bits), torch.uint8),
-            "scale_bits": ((rows, self.num_groups), torch.int16),
-        }
-        if not self.grid.symmetric:
-            layout["zero_points"] = ((-(-rows * self.num_groups // 8) * bits,), torch.uint8)
+        scheme, layout = self.scheme, dict(self.scheme.grid.layout(self.out_features, self.in_features))
+        if scheme.transform:
+            layout |= _prefixed("transform_", scheme.transform.layout(self.in_features))
+        if scheme.compensation:
+            layout |= _prefixed("compensation_", scheme.compensation.layout(self.out_features, self.in_features))
         return layout
 
     @property
@@ -85,38 +97,74 @@ class QuantizedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored for the weight: codes, scales and zero points. At work, 2 more bytes are held for each group."""
+        """Bytes stored for the weight. At work, some grids hold more: zero points unpacked, say."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    @property
-    def params(self) -> IntParams:
-        """Scales and zero points, as the grid takes them."""
-        scale = self.scale_bits.view(torch.float16)
-        if self.zero_points is None:
-            return IntParams(scale, torch.full_like(scale, 2 ** (self.grid.bits - 1), dtype=torch.uint8))
-        return IntParams(scale, unpack_bits(self.zero_points, self.grid.bits, scale.numel()).view_as(scale))
+    def stored(self, axis: str = "grid") -> dict[str, Tensor]:
+        """The buffers of one piece, as it laid them out."""
+        if axis == "grid":
+            return {name: getattr(self, name) for name in self.scheme.grid.layout(self.out_features, self.in_features)}
+        return {name.removeprefix(f"{axis}_"): b for name, b in self.named_buffers() if name.startswith(f"{axis}_")}
 
     def dequantize(self) -> Tensor:
-        """The weight (out, in) that the codes stand for, float32."""
-        return self.grid.decode(unpack_bits(self.codes, self.grid.bits, self.in_features), self.params)
+        """The weight (out, in) that is stored, float32: what multiplies x before anything rounds it."""
+        scheme = self.scheme
+        weight = scheme.grid.decode(*scheme.grid.unpack(self.stored(), self.weight_shape))
+        if scheme.compensation:
+            weight = weight + scheme.compensation.decode(self.stored("compensation"), self.weight_shape)
+        return scheme.transform.undo(weight, self.stored("transform")) if scheme.transform else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._unpacked is None:
+        scheme = self.scheme
+        # only what a product needs of a grid
+        grid: Grid = Decoded(scheme.grid) if self._decoded else scheme.grid  # pyright: ignore[reportAssignmentType]
+        if self._prepared is None:
             # a tensor made in inference mode could not serve a later call that needs gradients
             with torch.inference_mode(False):
-                self._unpacked = self.params.zero_point.half()
-        scale, group_size = self.scale_bits.view(torch.float16), self.in_features // self.num_groups
-        y = dequant_matmul(x, self.codes, scale, self._unpacked, self.grid.bits, group_size)
+                if scheme.activation:
+                    self._prepared = scheme.activation.prepare(grid, self.stored(), self.weight_shape)
+                else:
+                    self._prepared = grid.prepare(self.stored(), self.weight_shape)
+        h = scheme.transform.apply(x, self.stored("transform")) if scheme.transform else x
+        if scheme.activation:
+            y = scheme.activation.linear(h, grid, *self._prepared)
+        else:
+            y = grid.linear(h, *self._prepared)
+        if scheme.compensation:
+            y = scheme.compensation.add(y, h, self.stored("compensation"))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._unpacked = None
+        self._prepared = None
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpacked = None
+        self._prepared = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        pieces = {"grid": self.scheme.grid, "transform": self.scheme.transform, "activation": self.scheme.activation}
+        pieces["compensation"] = self.scheme.compensation
+        said = "".join(f", {axis}={piece}" for axis, piece in pieces.items() if piece is not None)
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, grid={self.grid}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{said}"
+
+
+@contextmanager
+def decoded(module: nn.Module) -> Iterator[None]:
+    """Inside, the quantised layers of `module` hold their weights decoded, float32, from their next call on.
+
+    What they compute stays the same but for rounding; for thousands of rows it takes less time.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    for layer in layers:
+        layer._decoded, layer._prepared = True, None
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._decoded, layer._prepared = False, None
+
+
+def _prefixed(prefix: str, layout: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    return {prefix + name: buffer for name, buffer in layout.items()}

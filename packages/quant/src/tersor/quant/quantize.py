@@ -1,31 +1,33 @@
 """The walk: block by block, and in each one input by input, on what the layers quantised before put out."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from tersor.quant.blocks import find_blocks, linears, matches
-from tersor.quant.calibration import (
-    BlockInputs,
-    Pass,
-    SharedInput,
-    batches,
-    block_inputs,
-    num_tokens,
-    second_moments,
-    shared_inputs,
-)
+from tersor.quant.calibration import BlockInputs, first_inputs
 from tersor.quant.checkpoint import mark
-from tersor.quant.grid import IntParams
+from tersor.quant.experts import separate_experts
+from tersor.quant.grid import Grid
+from tersor.quant.layers import advance, layers_by_input, solve
 from tersor.quant.linear import QuantizedLinear
 from tersor.quant.recipe import Recipe
-from tersor.quant.solver import relative_error
+from tersor.quant.scheme import Scheme
+from tersor.quant.survey import all_called, calibration_batches, check_model, planned
+from tersor.quant.teacher import Teacher, rows
+from tersor.quant.transform import (
+    BlockTransform,
+    CalibratedTransform,
+    ModelTransform,
+    RangeTransform,
+    SearchedTransform,
+    TaughtTransform,
+)
+from tersor.quant.tuning import BlockTuning, ModelTuning
 
 Progress = Callable[[int, int, str], None]
 
@@ -37,14 +39,16 @@ def quantize(
     calibration: Any = None,
     *,
     keep: Sequence[str] = (),
+    allocation: Mapping[str, Grid] | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """`model`, its blocks' linears replaced in place by quantised ones; embeddings and the output head stay.
 
     Each layer is fitted to what it is given once all layers before it are quantised; layers that share an input are
-    quantised together. Save with `save_pretrained`; `from_pretrained` loads the result wherever `tersor.quant` has been
-    imported. Each new layer knows its `relative_error`: of its outputs on the calibration data, or of its weights if
-    the recipe needs no data.
+    quantised together, and experts that share one parameter become linears each. Save with `save_pretrained`;
+    `from_pretrained` loads the result wherever `tersor.quant` has been imported. Each new layer knows its
+    `relative_error`: of its outputs on the calibration data, or of its weights if the recipe needs no data. Where
+    `torch.distributed` runs, every process takes its part of the calibration data, and all end up with the same model.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from tersor.quant import quantize, recipes
@@ -59,6 +63,8 @@ def quantize(
             iterable of token ids, or an iterable of mappings with `input_ids` and `attention_mask`.
         keep: linears that stay as they are, by the end of their names or of a module's that they lie in: `["o_proj"]`,
             `["layers.0", "layers.1?.mlp"]`. `*` and `?` stand for anything.
+        allocation: linears whose grid is not the recipe's, by name. None: what the recipe's allocation finds, if it has
+            one.
         progress: called with (done, total, name) after each layer.
 
     Raises:
@@ -66,148 +72,118 @@ def quantize(
         ValueError: a layer does not suit the grid, holds NaN, or never saw a token; `keep` names nothing; calibration
             data is missing. Before any layer is changed, if it can be known before.
     """
-    name, blocks = _stack(model, keep)
-    found = [_kept_apart(linears(block, f"{name}.{index}"), keep) for index, block in enumerate(blocks)]
-    _check(model, name, blocks, found, recipe, keep)
-    with _evaluating(model):
-        running = block_inputs(model, blocks, _calibration(calibration, found)) if recipe.solver.needs_hessian else []
+    check_model(model, keep)
+    separate_experts(model, keep)
+    if allocation is None and recipe.allocation:
+        allocation = recipe.allocation.choose(model, recipe, calibration, keep)
+    blocks, found, schemes = planned(model, recipe, keep, allocation or {})
+    data = calibration_batches(calibration, found) if recipe.needs_data else []
+    with evaluating(model):
+        tunings = [tuning for tuning in recipe.tuning if isinstance(tuning, ModelTuning)]
+        teachers = [Teacher(model, rows(data), tuning.top_k) for tuning in tunings]
+        fold_model(model, recipe, data)
+        with all_called(found if recipe.needs_hessian else []) as waiting:
+            running = first_inputs(model, blocks, data, waiting) if data else []
+        dense = dense_inputs(recipe, running)
+        recipe = searched(recipe, blocks, running)
+        changes = [t for t in recipe.transforms if isinstance(t, BlockTransform | TaughtTransform)]
+        for index, block in enumerate(blocks):
+            for change in changes:
+                change.check_block(block, running, index)
         done, total = 0, sum(map(len, found))
         for index, block in enumerate(blocks):
-            for layers, hessian in _inputs(block, found[index], running, index):
-                for layer_name, layer in zip(layers, _solve(layers, recipe, hessian)):
-                    model.set_submodule(layer_name, layer)
-                    done += 1
-                    if progress:
-                        progress(done, total, layer_name)
+            for layer_name in quantise_block(model, block, index, found[index], recipe, schemes, running, dense):
+                done += 1
+                if progress:
+                    progress(done, total, layer_name)
             # the last references to the weights that are now replaced
             found[index] = {}
             if index + 1 < len(blocks):
-                for inputs in running:
-                    inputs.hidden = inputs.run(index, block)
+                advance(block, running, index)
+        for tuning, teacher in zip(tunings, teachers):
+            tuning.tune(model, teacher)
+    forget_originals(model)
     return mark(model, recipe)
 
 
-def _inputs(
-    block: nn.Module, found: dict[str, nn.Linear], running: list[BlockInputs], index: int
-) -> Iterator[tuple[dict[str, nn.Linear], Tensor | None]]:
-    """The linears of `block` that share an input, and its second moments now that those before them are replaced."""
-    passes = [(partial(inputs.run, index, block), inputs.mask) for inputs in running]
-    if passes:
-        groups = shared_inputs(found, passes[0][0]) if found else []
-    else:
-        groups = [SharedInput([name], 0) for name in found]
-    for names, calls in groups:
-        hessian = _hessian(names[0], found[names[0]], calls, passes) if passes else None
-        yield {name: found[name] for name in names}, hessian
+def fold_model(model: Any, recipe: Recipe, data: list[dict[str, Tensor]]) -> None:
+    """What the recipe's transforms change in the model as a whole."""
+    for change in recipe.transforms:
+        if isinstance(change, ModelTransform):
+            change.fold(model)
+        elif isinstance(change, CalibratedTransform):
+            change.fold_calibrated(model, data)
 
 
-def _hessian(name: str, linear: nn.Linear, calls: int, passes: list[Pass]) -> Tensor:
-    moments = second_moments(linear, calls, passes)
-    if not moments.count:
-        raise ValueError(
-            f"{name} saw no token of the calibration data; give more of it, or skip the layer with keep=[{name!r}]"
-        )
-    if not moments.sum.isfinite().all():
-        raise ValueError(f"{name}: its inputs on the calibration data hold NaN or infinity")
-    return moments.mean
-
-
-def _solve(layers: dict[str, nn.Linear], recipe: Recipe, hessian: Tensor | None) -> Iterator[QuantizedLinear]:
-    """Quantised layers for linears with the same inputs: solved as one tall weight, as solvers treat rows one by one."""
-    weight = torch.cat([linear.weight for linear in layers.values()]).float()
-    try:
-        codes, params = recipe.solver.solve(weight, recipe.grid, hessian)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(layers)}: {error}") from error
-    sizes = [linear.out_features for linear in layers.values()]
-    parts = (tensor.split(sizes) for tensor in (codes, *params))
-    for linear, codes, *params in zip(layers.values(), *parts):
-        layer = QuantizedLinear.from_linear(linear, codes, IntParams(*params), recipe.grid)
-        layer.relative_error = relative_error(linear.weight, layer.dequantize(), hessian)
-        yield layer
-
-
-def _calibration(calibration: Any, found: list[dict[str, nn.Linear]]) -> list[dict[str, Tensor]]:
-    if calibration is None:
-        raise ValueError("this recipe learns from data: give calibration=token ids (sequences, seq_len)")
-    data = batches(calibration)
-    tokens = sum(map(num_tokens, data))
-    widest = max(linear.in_features for layers in found for linear in layers.values())
-    if tokens < 4 * widest:
-        warnings.warn(
-            f"{tokens} calibration tokens are few for layers with {widest} inputs; use at least {4 * widest}",
-            stacklevel=4,
-        )
-    return data
-
-
-def _stack(model: Any, keep: Sequence[str]) -> tuple[str, nn.ModuleList]:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a model of transformers, got {type(model).__name__}")
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()) or getattr(model, "hf_quantizer", None):
-        raise ValueError("the model is quantised already; start from the original")
-    if isinstance(keep, str):
-        raise TypeError(f"keep must be a list of names, got the string {keep!r}; use keep=[{keep!r}]")
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
-    for pattern in keep:
-        if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"keep names {pattern!r}, which is no part of {type(model).__name__}")
-    return find_blocks(model)
-
-
-def _kept_apart(found: dict[str, nn.Linear], keep: Sequence[str]) -> dict[str, nn.Linear]:
-    return {name: linear for name, linear in found.items() if not matches(name, keep)}
-
-
-def _check(
+def quantise_block(
     model: nn.Module,
-    name: str,
-    blocks: nn.ModuleList,
-    found: list[dict[str, nn.Linear]],
+    block: nn.Module,
+    index: int,
+    found: dict[str, nn.Linear],
     recipe: Recipe,
-    keep: Sequence[str],
-) -> None:
-    """Everything that could go wrong with the weights, before any of them is changed."""
-    derived = [n for n, m in blocks.named_modules(prefix=name) if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
-    if unsaid := [other for other in derived if not matches(other, keep)]:
-        warnings.warn(
-            f"{len(unsaid)} linears of classes of their own stay as they are: {unsaid[0]} and the like; "
-            f"say so with keep=[{unsaid[0].split('.')[-1]!r}]",
-            stacklevel=4,
-        )
-    if not any(found):
-        raise ValueError(f"no linear of {name} is left to quantise: keep={list(keep)} names all of them")
-    for block_name, parameter in blocks.named_parameters(prefix=name):
-        if parameter.ndim == 3 and not matches(block_name, keep):
-            raise NotImplementedError(
-                f"{block_name} holds experts in one parameter {tuple(parameter.shape)}, which is not supported yet; leave "
-                f"them as they are with keep=[{block_name!r}]"
-            )
-    owners: dict[int, list[str]] = {}
-    for owner, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(owner)
-    for layers in found:
-        for full_name, linear in layers.items():
-            way_out = f"skip the layer with keep=[{full_name!r}]"
-            try:
-                recipe.grid.groups(linear.in_features)
-            except ValueError as error:
-                raise ValueError(f"{full_name}: {error}; or {way_out}") from error
-            if not linear.weight.isfinite().all():
-                raise ValueError(f"{full_name}: the weight holds NaN or infinity; mend the checkpoint, or {way_out}")
-            if len(tied := owners[id(linear.weight)]) > 1:
-                raise NotImplementedError(
-                    f"{' and '.join(tied)} are one parameter, which is not supported yet; {way_out}"
-                )
+    schemes: dict[str, Scheme],
+    running: list[BlockInputs],
+    dense: list[BlockInputs],
+) -> Iterator[str]:
+    """Replace the linears `found` in a block whose inputs are known; gives their names, each once it is done.
+
+    Afterwards `dense` holds what the next original block is called with.
+    """
+    original = copy.deepcopy(block) if dense else block
+    grids, ranges = {linear: schemes[name].grid for name, linear in found.items()}, {}
+    for change in recipe.transforms:
+        if isinstance(change, BlockTransform):
+            change.fold_block(block, running, index, recipe.grid)
+        elif isinstance(change, TaughtTransform):
+            change.fold_taught(block, original, running, dense, index, grids)
+    for change in recipe.transforms:
+        if grids and isinstance(change, RangeTransform):
+            ranges |= change.ranges(block, running, index, grids)
+    for layers, moments in layers_by_input(block, found, running if recipe.needs_hessian else [], index):
+        for name, layer in solve(layers, recipe, schemes, moments, ranges):
+            model.set_submodule(name, layer)
+            yield name
+    for tuning in recipe.tuning:
+        if isinstance(tuning, BlockTuning):
+            tuning.tune_block(block, original, running, dense, index)
+    if not any(isinstance(tuning, ModelTuning) for tuning in recipe.tuning):
+        forget_originals(block)
+    advance(original, dense, index)
+
+
+def forget_originals(module: nn.Module) -> None:
+    """Let go of the weights that quantised layers kept for the recipe's tunings."""
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.original = None
+
+
+def dense_inputs(recipe: Recipe, running: list[BlockInputs]) -> list[BlockInputs]:
+    """What the original blocks are called with, if the recipe has pieces that compare with them."""
+    if not any(isinstance(piece, BlockTuning | TaughtTransform) for piece in (*recipe.tuning, *recipe.transforms)):
+        return []
+    return [replace(inputs) for inputs in running]
+
+
+def searched(recipe: Recipe, blocks: Any, running: list[BlockInputs]) -> Recipe:
+    """The recipe with what its `SearchedTransform`s choose in their places."""
+    transforms: list[Any] = []
+    for transform in recipe.transforms:
+        if isinstance(transform, SearchedTransform):
+            transforms.extend(transform.choose(blocks, running, recipe.grid))
+        else:
+            transforms.append(transform)
+    return replace(recipe, transforms=tuple(transforms))
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, nothing is dropped out; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
+    # names: the modules themselves would keep the weights that are replaced
+    training = {name for name, module in model.named_modules() if module.training}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules():
+            module.training = name in training

@@ -5,12 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tersor.quant.grid import IntParams
+from tersor.quant.grid.protocol import Params
 
 
 class Result(NamedTuple):
-    codes: Tensor  # (out, in), uint8
-    params: IntParams
+    codes: Tensor  # as the grid's `encode` returns them: uint8 (out, in) of a scalar grid
+    params: Params
+
+
+class Split(NamedTuple):
+    """What a solver returns that leaves part of the weight to the recipe's compensation."""
+
+    codes: Tensor
+    params: Params
+    rest: Tensor  # (out, in): to be added to the decoded weight; what is not zero matters
 
 
 def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:

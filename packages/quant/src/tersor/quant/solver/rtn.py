@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tersor.quant.grid import IntGrid
+from tersor.quant.grid import Grid
 from tersor.quant.solver.result import Result
 
 
@@ -14,6 +14,6 @@ class RTN:
 
     needs_hessian = False
 
-    def solve(self, weight: Tensor, grid: IntGrid, hessian: Tensor | None) -> Result:
+    def solve(self, weight: Tensor, grid: Grid, hessian: Tensor | None) -> Result:
         params = grid.fit(weight)
         return Result(grid.encode(weight, params), params)

@@ -1,0 +1,87 @@
+"""Ours beside other libraries: the same model, calibration text, bits and groups, measured on the same text.
+
+    pytest packages/quant/benchmarks/bench_peers.py --benchmark-only --benchmark-json=peers.json -m slow
+    python packages/quant/benchmarks/table.py peers.json
+
+A library that cannot be imported is skipped by name. Times are CPU seconds of one thread, the reading of the model by those
+that read it themselves included.
+"""
+
+import copy
+import importlib
+import importlib.metadata
+import time
+from dataclasses import replace
+
+import pytest
+
+from tersor.quant import Recipe, quantize, recipes
+from tersor.quant.grid import IntGrid
+from tersor.quant.solver import GPTQ, ClipSearch, CoordinateDescent
+
+from .measured import bits_per_weight, measure
+
+pytestmark = [pytest.mark.slow, pytest.mark.benchmark(timer=time.process_time), pytest.mark.usefixtures("one_thread")]
+
+# files in peers/
+PEERS = ["autoround", "llm_compressor", "gptqmodel", "hqq", "bitsandbytes", "quanto", "torchao"]
+GRIDS = [(4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64)]
+CLIPPED = CoordinateDescent(GPTQ(clip=ClipSearch("diagonal", smallest=0.5, steps=20)))
+
+
+def descent(bits: int, group_size: int) -> Recipe:
+    return Recipe(IntGrid(bits, group_size), CLIPPED)
+
+
+def rotated(bits: int, group_size: int) -> Recipe:
+    return recipes.quarot(bits, group_size, activation_bits=None)
+
+
+def rotated_descent(bits: int, group_size: int) -> Recipe:
+    return replace(rotated(bits, group_size), grid=IntGrid(bits, group_size), solver=CLIPPED)
+
+
+OURS = {
+    "rtn": recipes.rtn,
+    "hqq": recipes.hqq,
+    "gptq": recipes.gptq,
+    "gptq, clipped, coordinate descent": descent,
+    "quarot, gptq": rotated,
+    "quarot, gptq, clipped, coordinate descent": rotated_descent,
+}
+
+
+def widths(bits: int, group_size: int) -> str:
+    return f"W{bits}, groups of {group_size}"
+
+
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+@pytest.mark.parametrize("name", PEERS)
+def test_peer(name, bits, group_size, benchmark, subject):
+    try:
+        peer = importlib.import_module(f"{__package__}.peers.{name}")
+    except ImportError as error:
+        pytest.skip(f"{name} cannot be imported ({error}): uv sync --all-packages --group peers, or pip install it")
+
+    def quantise(model, calibration):
+        # its layers are left behind: all are measured with plain linears in float32
+        decoded = peer.quantise(copy.deepcopy(model), calibration, bits, group_size)
+        for layer, weight in decoded.weights.items():
+            model.get_submodule(layer).weight.data.copy_(weight)
+        return model, decoded.bits_per_weight
+
+    version = importlib.metadata.version(peer.DISTRIBUTION)
+    try:
+        measure(benchmark, subject("tiny-lm"), widths(bits, group_size), f"{name} {version}", quantise)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+@pytest.mark.parametrize("name", OURS)
+def test_ours(name, bits, group_size, benchmark, subject):
+    def quantise(model, calibration):
+        model = quantize(model, OURS[name](bits, group_size), calibration)
+        return model, bits_per_weight(model)
+
+    measure(benchmark, subject("tiny-lm"), widths(bits, group_size), f"ours: {name}", quantise)

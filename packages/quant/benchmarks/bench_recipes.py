@@ -1,0 +1,151 @@
+"""All recipes on trained models: what they store, what they lose, how long they take, from the cheapest to the slowest.
+
+    pytest packages/quant/benchmarks/bench_recipes.py --benchmark-only --benchmark-json=recipes.json -m slow
+    python packages/quant/benchmarks/table.py recipes.json
+
+The whole takes hours; `-k "tiny-lm and W3"`, `-k gptq`, `-m "slow and not real"` choose. Times are CPU seconds of one thread.
+
+Widths are those of codes, bits per weight count everything that is stored of a layer. Low-rank factors, angles, codebooks
+and vectors weigh more here than in large models: 16 numbers of 16 bits per row are one bit per weight in a layer of 256
+inputs. Whose head was tied stores it twice after QuaRot; heads do not count.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tersor.quant import Recipe, quantize, recipes
+from tersor.quant.allocation import Evolution
+
+from .measured import bits_per_weight, measure
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3 * 3600),
+    pytest.mark.benchmark(timer=time.process_time),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+# the paper's search reads some 10^8 tokens
+SHORT = Evolution(generations=40, offspring=16, survivors=(4, 2, 1), tokens=(256, 1024, 4096))
+
+
+def at(make: Callable[..., Recipe], *bits: int, **settings: Any) -> dict[str, Recipe]:
+    """So many bits, in groups of 64."""
+    return {f"W{n}": make(n, group_size=64, **settings) for n in bits}
+
+
+# What is not there cannot be, or is something else. FP8, MXFP4, NVFP4, NF4 and DGQ's, OdysseyLLM's and COMET's integers have
+# one width. EvoPress, CalibTIP and OHQ take bits from some layers for others, 2 at least: with 2 bits there are none to take.
+# Of one bit, integers are zero and one other number: beside the baselines only those are shown whose two levels lie anywhere.
+ROWS: dict[str, dict[str, Recipe]] = {
+    "rtn": at(recipes.rtn, 4, 3, 2) | {"W1.6": recipes.rtn(1, 32)},
+    "rtn, groups of 128": {"W4": recipes.rtn(4, 128), "W3": recipes.rtn(3, 128), "W2": recipes.rtn(2, 128)},
+    "fp8": {"W8": recipes.fp8()},
+    "mxfp4": {"W4": recipes.mxfp4()},
+    "nvfp4": {"W4": recipes.nvfp4()},
+    "nf4": {"W4": recipes.nf4()},
+    "higgs": {"W4": recipes.higgs(256), "W3": recipes.higgs(64), "W2": recipes.higgs(16)},
+    "hqq": at(recipes.hqq, 4, 3, 2) | {"W1.6": recipes.hqq(1, 64)},
+    "bipolar_int": at(recipes.bipolar_int, 4, 3, 2, activation_bits=None)
+    | {"W1.6": recipes.bipolar_int(1, None, 32), "W4A8": recipes.bipolar_int(4), "W3A8": recipes.bipolar_int(3)}
+    | {
+        "W2A8": recipes.bipolar_int(2),
+        "W1.6A8": recipes.bipolar_int(1, group_size=32),
+        "W4A4": recipes.bipolar_int(4, 4),
+    },
+    "smoothquant": {"W8A8": recipes.smoothquant()},
+    "smoothquant, static": {"W8A8": recipes.smoothquant(static=True)},
+    "gptq": at(recipes.gptq, 4, 3, 2) | {"W1.6": recipes.gptq(1, 32)},
+    "gptq, groups of 128": {"W4": recipes.gptq(4, 128), "W3": recipes.gptq(3, 128), "W2": recipes.gptq(2, 128)},
+    "quarot": at(recipes.quarot, 4, 3, 2, activation_bits=None)
+    | {"W8A8": recipes.quarot(8, activation_bits=8), "W4A8": recipes.quarot(4, activation_bits=8)}
+    | {"W4A4": recipes.quarot()},
+    "eora": at(recipes.eora, 4, 3, 2, rank=4),
+    "bitstack": {
+        "W4": recipes.bitstack(4, 1),
+        "W3": recipes.bitstack(3, 1),
+        "W2": recipes.bitstack(2, 1),
+        "W1.6": recipes.bitstack(1, 6),
+    },
+    "dgq": {"W4A8": recipes.dgq()},
+    "dgq, static": {"W4A8": recipes.dgq(static=True)},
+    "comet": {"W4A4": recipes.comet()},
+    "ohq": at(recipes.ohq, 4, 3),
+    "quantease": at(recipes.quantease, 4, 3, 2),
+    "smoothquant_plus": at(recipes.smoothquant_plus, 4, 3, 2),
+    "awq": at(recipes.awq, 4, 3, 2),
+    "spqr": {
+        "W4": recipes.spqr(3, 16),
+        "W3": recipes.spqr(2, 16),
+        "W2": recipes.spqr(2, 64, tau=2.0),
+        "W1.6": recipes.spqr(1, 32, tau=2.0),
+    },
+    "odyssey": {"W4A8": recipes.odyssey()},
+    "ptq161": {"W1.6": recipes.ptq161()},
+    "butterflyquant": at(recipes.butterflyquant, 4, 3, 2),
+    "abq": {
+        "W4A4": recipes.abq(4, 4),
+        "W3A8": recipes.abq(3, 8),
+        "W2A8": recipes.abq(2, 8),
+        "W1.6A8": recipes.abq(1, 8),
+    },
+    "calibtip": at(recipes.calibtip, 4, 3),
+    "evopress": at(recipes.evopress, 4, 3, search=SHORT),
+    "dbllm": {"W2": recipes.dbllm()},
+    "brecq": at(recipes.brecq, 4, 3, 2),
+    # small codebooks: one of 256 vectors of 8 is half a bit per weight in a layer of 256 x 256
+    "aqlm": {
+        "W4": recipes.aqlm(2, 8, 4),
+        "W3": recipes.aqlm(2, 6, 4),
+        "W2": recipes.aqlm(1, 8, 4),
+        "W1.6": recipes.aqlm(1, 6, 4),
+    },
+    "pv_tuning": {
+        "W4": recipes.pv_tuning(2, 8, 4),
+        "W3": recipes.pv_tuning(2, 6, 4),
+        "W2": recipes.pv_tuning(1, 8, 4),
+        "W1.6": recipes.pv_tuning(1, 6, 4),
+    },
+    "seedlm": {
+        "W4": recipes.seedlm(),
+        # blocks of 12, the paper's for 3 bits, do not divide 256
+        "W3": recipes.seedlm(8, 2, 12),
+        "W2": recipes.seedlm(16, 3, 16),
+        "W1.6": recipes.seedlm(16, 2, 12),
+    },
+}
+# what the list above does not know yet
+NEW = {name: {"": getattr(recipes, name)()} for name in recipes.__all__ if name not in ROWS}
+TINY = [("tiny-lm", widths, name, recipe) for name, row in (ROWS | NEW).items() for widths, recipe in row.items()]
+# whose weights were rounded in blocks of 32 before: finer groups, or more bits, would find the old levels again
+CHEAP = ["rtn", "rtn, groups of 128", "nf4", "higgs", "hqq", "bipolar_int", "gptq", "eora", "quantease", "awq"]
+GEMMA = [
+    ("gemma-3-270m", widths, name, ROWS[name][widths])
+    for name in CHEAP
+    for widths in ("W4", "W3", "W2")
+    if widths in ROWS[name]
+]
+
+
+def parameters(rows):
+    for model, widths, name, recipe in rows:
+        marks = [pytest.mark.real] if model == "gemma-3-270m" else []
+        yield pytest.param(model, widths, name, recipe, marks=marks, id=f"{model}-{widths}-{name.replace(', ', '-')}")
+
+
+@pytest.mark.parametrize("name", ["tiny-lm", pytest.param("gemma-3-270m", marks=pytest.mark.real)])
+def test_original(name, benchmark, subject):
+    """In bfloat16, in which both are stored; nothing is calibrated."""
+    measure(benchmark, subject(name), "W16", "original", lambda model, calibration: (model, 16.0))
+
+
+@pytest.mark.parametrize(("model", "widths", "name", "recipe"), parameters(TINY + GEMMA))
+def test_recipe(model, widths, name, recipe, benchmark, subject):
+    def quantise(model, calibration):
+        model = quantize(model, recipe, calibration)
+        return model, bits_per_weight(model)
+
+    measure(benchmark, subject(model), widths, name, quantise)

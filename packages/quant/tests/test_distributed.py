@@ -1,0 +1,56 @@
+"""Calibration shared among processes: the statistics of all are added up."""
+
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tersor.quant import quantize, recipes
+from tersor.quant.linear import QuantizedLinear
+
+PROGRAM = """
+import sys
+from dataclasses import replace
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from transformers import AutoModelForCausalLM
+from tersor.quant import quantize, recipes
+from tersor.quant.tuning import PV, BlockMSE
+
+distributed.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = load_file(sys.argv[1] + "/ids.safetensors")["ids"]
+try:
+    quantize(model, recipes.gptq(4, 32), ids[:1])
+except ValueError as error:
+    print(error)
+quantize(model, recipes.gptq(4, 32), ids)
+save_file(model.state_dict(), f"{sys.argv[1]}/rank{distributed.get_rank()}.safetensors")
+tuned = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+quantize(tuned, replace(recipes.gptq(2, 32), tuning=(BlockMSE(3), PV(3, 2))), ids)
+save_file(tuned.state_dict(), f"{sys.argv[1]}/tuned{distributed.get_rank()}.safetensors")
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_result_of_one(make_model, ids, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    rows = ids[:15]  # the processes get 8 and 7
+    save_file({"ids": rows}, tmp_path / "ids.safetensors")
+    alone = quantize(make_model(), recipes.gptq(4, 32), rows)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run([*command, str(tmp_path / "program.py"), str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("calibration has 1 sequences for 2 processes") == 2
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    for name, layer in alone.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            # sums in another order: hardly ever, a weight half-way between two levels falls to the other side
+            assert (first[f"{name}.codes"] == layer.codes).float().mean() > 0.99, name
+    first, second = (load_file(tmp_path / f"tuned{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not torch.equal(first[norm := "model.layers.0.input_layernorm.weight"], make_model().state_dict()[norm])
