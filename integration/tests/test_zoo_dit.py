@@ -1,4 +1,4 @@
-"""The zoo's diffusion transformers: architecture, samplers, training, measures, and what the shipped ones can do."""
+"""The zoo's diffusion transformers: architecture, samplers, training and measures."""
 
 import ast
 import copy
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from tersor.diffcache import cached, recipes
@@ -21,7 +20,6 @@ from tersor.integration.zoo.measure import Figure
 from tersor.integration.zoo.measure import dit as measure
 from tersor.integration.zoo.training import dit as training
 
-NAMES = [name for name in training.TRAININGS if name in zoo.names()]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SHAPES = {
     "picture": {"image_size": 12},
@@ -273,7 +271,7 @@ def tiny(name, **changes):
 
 
 def pictures(name, n=40):
-    generator, side = torch.Generator().manual_seed(0), 14 if "video" in name else 28
+    generator, side = torch.Generator().manual_seed(0), 10 if "video" in name else 28
     return (
         torch.randint(256, (n, side, side), generator=generator, dtype=torch.uint8),
         torch.randint(10, (n,), generator=generator),
@@ -366,9 +364,9 @@ def test_batches_depend_on_seed_and_step_alone(name):
 
 def videos(n=40, seed=0):
     """Discs and their outlines, moving."""
-    square = (torch.arange(14) - 6.5) ** 2
+    square = (torch.arange(10) - 4.5) ** 2
     distance = (square[:, None] + square).sqrt()
-    shapes = torch.stack([(distance < 5).float(), ((distance > 3) & (distance < 5)).float()])
+    shapes = torch.stack([(distance < 4).float(), ((distance > 2) & (distance < 4)).float()])
     labels = torch.arange(n) % 2
     digits = (255 * shapes[labels]).to(torch.uint8)
     moving = training.make_data("moving-digits", digits, np.random.default_rng(seed))
@@ -377,22 +375,22 @@ def videos(n=40, seed=0):
 
 def test_moving_digits_stay_whole_and_bounce():
     moving, *_ = videos(200)
-    assert moving.shape == (200, 1, 8, 28, 28)
+    assert moving.shape == (200, 1, 8, 20, 20)
     ink = (moving + 1).sum((1, 3, 4))
     torch.testing.assert_close(ink, ink[:, :1].expand_as(ink), rtol=1e-3, atol=0)
     path = measure.centres((moving[:, 0].flatten(0, 1) + 1) / 2).view(200, 8, 2)
-    assert path.min() > 6.4  # the digit's middle is half a digit away from the edge
-    assert path.max() < 20.6
+    assert path.min() > 4.4  # the digit's middle is half a digit away from the edge
+    assert path.max() < 14.6
     steps = path.diff(dim=1)
     assert (steps[:, 1:] * steps[:, :-1] < -0.1).any(), "none bounced"
     assert steps.norm(dim=-1).max(1).values.min() > 0.95
-    assert steps.norm(dim=-1).max() < 3.05
+    assert steps.norm(dim=-1).max() < 2.05
 
 
 def test_training_videos_are_found_right_and_steady():
     found = measure.videos(*videos())
     assert found.accuracy == found.steady == 1
-    assert 1 < found.speed < 3
+    assert 1 < found.speed < 2
 
 
 @pytest.mark.parametrize("wrong", ["disorder", "still", "noise", "jumping"])
@@ -450,66 +448,3 @@ def test_pictures_reach_the_classifier_as_its_processor_would_give_them():
     grey = torch.randint(256, (3, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     expected = processor([image.numpy()[..., None] for image in grey], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(measure.as_pixels(training.scaled(grey)), expected)
-
-
-# what ships
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_shipped_weights_are_float16_and_small(name):
-    folder = zoo.path(name)
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_load_gives_what_the_script_trains_in_float32(name):
-    model, processor = zoo.load(name)
-    assert isinstance(model, dit.DiT)
-    assert processor is None
-    assert not model.training
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    trained = training.TRAININGS[name]
-    assert model.num_parameters() == dit.DiT(trained.config).num_parameters()
-    for key in ("num_frames", "prediction", "id2label", "patch_size"):
-        assert getattr(model.config, key) == getattr(trained.config, key)
-    assert json.loads((zoo.path(name) / "training.json").read_text())["steps"] == trained.steps
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if "video" not in name])
-def test_forty_pictures_at_twenty_steps_are_called_by_their_classes(name):
-    """A quick check with guidance; the whole one is slow."""
-    share = measure.class_accuracy(zoo.load(name)[0], zoo.load("tiny-cnn")[0], 4, 20, measure.GUIDANCE, seed=1)
-    assert share >= measure.PICTURES_BAR
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_shipped_weights_serve_fora(name):
-    model, _ = zoo.load(name)
-    sampler = dit.ddim if model.config.prediction == "epsilon" else dit.euler
-    noise, _, labels = inputs(model, 2)
-    with torch.inference_mode():
-        plain = sampler(model, noise, labels, 12)
-        with cached(model, recipes.fora(2)):
-            near = sampler(model, noise, labels, 12)
-        assert torch.equal(sampler(model, noise, labels, 12), plain)
-    assert 0 < (near - plain).norm() < 0.5 * plain.norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_figures_reach_their_bars_and_are_on_the_card(name):
-    """A minute or two for each."""
-    pytest.importorskip("datasets", reason="the zoo's data needs the library datasets")
-    try:
-        figures = measure.figures(name, *zoo.load(name))
-    except UserError as error:
-        pytest.skip(str(error))
-    card = (zoo.path(name) / "README.md").read_text()
-    for figure in figures:
-        line = next(line for line in card.splitlines() if line.startswith(f"| {figure.metric} |"))
-        stated = float(line.split("|")[2].strip(" %")) / (100 if figure.is_share else 1)
-        # another processor's rounding grows over 50 steps: a few pictures may change
-        assert figure.value == pytest.approx(stated, abs=0.03 if figure.is_share else 0.1 * stated)
-        assert figure.bar is None or figure.value >= figure.bar

@@ -34,9 +34,8 @@ def path(name: str) -> Path:
     return folder
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """Model `name` in float32, on the CPU and in evaluation mode, and what reads its input, if anything does: a
-    tokenizer, an image processor, or a processor of both.
+def load_model(name: str) -> Any:
+    """Model `name` in float32, on the CPU and in evaluation mode. Needs torch, transformers and safetensors alone.
 
     Raises:
         ValueError, OSError: as `path`.
@@ -52,7 +51,19 @@ def load(name: str) -> tuple[Any, Any]:
         # LlamaForCausalLM is loaded by AutoModelForCausalLM, and so is nearly every class by what its name ends in
         task = architecture.partition("For")[2].replace("ConditionalGeneration", "ImageTextToText")
         auto = getattr(transformers, f"AutoModelFor{task}")
-    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model `name` as from `load_model`, and what reads its input, if anything does: a tokenizer, an image processor
+    (which needs Pillow), or a processor of both.
+
+    Raises:
+        ValueError, OSError: as `path`.
+    """
+    import transformers
+
+    model, folder = load_model(name), path(name)
     if (folder / "processor_config.json").is_file():
         return model, transformers.AutoProcessor.from_pretrained(folder)
     if (folder / "preprocessor_config.json").is_file():

@@ -24,7 +24,7 @@ from tersor.integration.zoo.training import images
 from tersor.integration.zoo.training.dit_card import card
 from tersor.integration.zoo.training.run import Progress, Run, cosine, device, optimizers, write_record, write_sums
 
-DIGIT_SIDE = 14  # pixels of a moving digit, half the canvas
+CANVAS, DIGIT_SIDE = 20, 10  # pixels of the videos of moving digits, and of the digits
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ _DIGITS = {"id2label": dict(enumerate(DIGITS)), "label2id": {name: label for lab
 TINY_DIT = Training("tiny-dit", "clothes", DiTConfig(**_CLOTHES), steps=2400)
 TINY_DIT_EPS = Training("tiny-dit-eps", "clothes", DiTConfig(prediction="epsilon", **_CLOTHES), steps=2800)
 TINY_DIT_VIDEO = Training(
-    "tiny-dit-video", "moving-digits", DiTConfig(num_frames=8, tubelet_size=2, **_DIGITS), steps=1400, batch_size=16
+    "tiny-dit-video",
+    "moving-digits",
+    DiTConfig(image_size=CANVAS, num_frames=8, tubelet_size=2, **_DIGITS),
+    steps=3600,
+    batch_size=32,
 )
 TRAININGS = {training.name: training for training in (TINY_DIT, TINY_DIT_EPS, TINY_DIT_VIDEO)}
 
@@ -135,15 +139,15 @@ def scaled(pictures: Tensor) -> Tensor:
     return pictures[:, None] / 127.5 - 1
 
 
-def moving(digits: Tensor, random: np.random.Generator, frames: int = 8, canvas: int = 28) -> Tensor:
+def moving(digits: Tensor, random: np.random.Generator, frames: int = 8, canvas: int = CANVAS) -> Tensor:
     """Videos (n, 1, frames, canvas, canvas) of `digits` (n, 1, side, side), black being -1.
 
-    Each starts anywhere and moves on by 1 to 3 pixels a frame in any direction, not only by whole pixels, and bounces
+    Each starts anywhere and moves on by 1 to 2 pixels a frame in any direction, not only by whole pixels, and bounces
     off the edges as light does.
     """
     n, side = len(digits), digits.shape[-1]
     room = canvas - side
-    angle, speed = random.uniform(0, 2 * np.pi, n), random.uniform(1, 3, n)
+    angle, speed = random.uniform(0, 2 * np.pi, n), random.uniform(1, 2, n)
     velocity = np.stack([np.cos(angle), np.sin(angle)], -1) * speed[:, None]  # (n, 2): right, down
     path = random.uniform(0, room, (n, 1, 2)) + velocity[:, None] * np.arange(frames)[:, None]
     place = torch.from_numpy(np.abs((path + room) % (2 * room) - room)).float()  # (n, frames, 2): left edge, top
@@ -157,12 +161,12 @@ def moving(digits: Tensor, random: np.random.Generator, frames: int = 8, canvas:
 
 
 def read(kind: str, split: str) -> tuple[Tensor, Tensor]:
-    """Pictures (n, side, side), uint8, and labels (n,), int64: clothes of 28 pixels, or digits shrunk to 14."""
+    """Pictures (n, side, side), uint8, and labels (n,), int64: clothes of 28 pixels, or digits shrunk to 10."""
     if kind == "clothes":
         return images.read(split)
     rows = mnist(split)
     digits = torch.from_numpy(np.stack([np.asarray(image) for image in rows["image"]]))
-    shrunk = F.avg_pool2d(digits[:, None].float(), digits.shape[-1] // DIGIT_SIDE)[:, 0]
+    shrunk = F.adaptive_avg_pool2d(digits[:, None].float(), DIGIT_SIDE)[:, 0]
     return shrunk.round().to(torch.uint8), torch.tensor(rows["label"])
 
 

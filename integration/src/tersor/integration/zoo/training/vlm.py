@@ -1,10 +1,10 @@
-"""Trains the zoo's vision-language model: `tiny-vlm`, in an hour and a quarter on one thread.
+"""Trains the zoo's vision-language model, `tiny-vlm`.
 
     tersor zoo train tiny-vlm
 
 The vision tower is `tiny-vit`, frozen; projector and language model learn from scratch to answer questions about
-canvases of training images (`canvas.py`), few cells first. Writes RUN/model (what ships, with its card) and
-RUN/checkpoint.pt: stopped and started again, it goes on. Whatever is drawn depends on the seed and the step alone.
+canvases of training images (`canvas.py`), few cells first. Writes RUN/model (what ships, with its card) and a
+checkpoint per stage: stopped and started again, it goes on. Whatever is drawn depends on the seed and the step alone.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ from tersor.integration.zoo.training.run import (
     Progress,
     Run,
     device,
+    join,
     num_parameters,
     optimizers,
     trapezoid,
@@ -45,6 +46,31 @@ PATCH = 4
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a training, with learning rates that rise and fall once.
+
+    Args:
+        cells: of a canvas at most, from the share of the stage that is done; every other canvas may have fewer.
+        tokens: per step, about, those of the images included.
+        per_kind: questions of each kind about a canvas, at most.
+        learning_rate: AdamW's at its highest, for embeddings and vectors.
+        muon_rate: Muon's at its highest, for the other matrices.
+    """
+
+    name: str
+    steps: int
+    cells: tuple[tuple[float, int], ...]
+    tokens: int = 1400
+    per_kind: int = 5
+    learning_rate: float = 2e-3
+    muon_rate: float = 5e-3
+    weight_decay: float = 0.01
+
+    def size(self, done: float) -> int:
+        return next(cells for start, cells in reversed(self.cells) if done >= start)
+
+
+@dataclass(frozen=True)
 class Training:
     """A vision-language model and how it is trained.
 
@@ -53,11 +79,6 @@ class Training:
         architecture: the config in words.
         text_config: of the language model, for the vocabulary of `extended`.
         tower: a classifier of the zoo; the features before its last layer are what is projected.
-        cells: of a canvas at most, from the share of the steps that is done; every other canvas may have fewer.
-        tokens: per step, about, those of the images included.
-        per_kind: questions of each kind about a canvas, at most.
-        learning_rate: AdamW's at its highest, for embeddings and vectors.
-        muon_rate: Muon's at its highest, for the other matrices.
         bar: share of the answers about canvases of test images that must be right.
     """
 
@@ -65,18 +86,9 @@ class Training:
     purpose: str
     architecture: str
     text_config: LlamaConfig
-    steps: int
-    cells: tuple[tuple[float, int], ...]
+    stages: tuple[Stage, ...]
     tower: str = "tiny-vit"
-    tokens: int = 1400
-    per_kind: int = 5
-    learning_rate: float = 2e-3
-    muon_rate: float = 5e-3
-    weight_decay: float = 0.01
     bar: float = 0.85
-
-    def size(self, done: float) -> int:
-        return next(cells for start, cells in reversed(self.cells) if done >= start)
 
 
 TINY_VLM = Training(
@@ -99,9 +111,11 @@ TINY_VLM = Training(
         bos_token_id=0,
         eos_token_id=0,
     ),
-    steps=6500,
-    # counting and finding are not learnt on nine cells before they are on a few
-    cells=((0.0, 1), (0.03, 2), (0.08, 3), (0.2, 5), (0.35, 9)),
+    (
+        # counting and finding are not learnt on nine cells before they are on a few
+        Stage("lessons", 6500, ((0.0, 1), (0.03, 2), (0.08, 3), (0.2, 5), (0.35, 9))),
+        Stage("whole", 4500, ((0.0, 9),), tokens=2800, per_kind=9),
+    ),
 )
 TRAININGS = {TINY_VLM.name: TINY_VLM}
 
@@ -158,33 +172,36 @@ def predictions(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return logits, batch.input_ids[:, 1:][answers].to(where), batch.answers[:, 1:][answers].to(where)
 
 
-def start(training: Training, folder: Path, canvases: Canvases, model: Any, processor: Any, seed: int) -> Run:
-    """The run of `training` in `folder`, from `model` or from its checkpoint."""
+def start(
+    training: Training, stage: Stage, folder: Path, canvases: Canvases, model: Any, processor: Any, seed: int
+) -> Run:
+    """The run of one `stage` in `folder`, from `model` or from its checkpoint."""
     model = model.to(device()).train()
+    before = sum(each.steps for each in training.stages[: training.stages.index(stage)])
 
     def loss(step: int) -> Tensor:
-        most = training.size(step / training.steps)
-        per_kind = min(training.per_kind, most + 1)
+        most = stage.size(step / stage.steps)
+        per_kind = min(stage.per_kind, most + 1)
         drawn, questions = [], []
         # about 51 tokens a tile and 10 a question
-        for number in range(max(1, round(training.tokens / (51 * most + 20 * per_kind)))):
-            random = np.random.default_rng([seed, step, number, 1])
+        for number in range(max(1, round(stage.tokens / (51 * most + 20 * per_kind)))):
+            random = np.random.default_rng([seed, before + step, number, 1])
             # were all of one size, tiles would be found by their distance and not by the names of their places
             cells = int(random.integers((most + 1) // 2, most + 1)) if number % 2 else most
-            drawn.append(canvases.draw([seed, step, number], cells))
+            drawn.append(canvases.draw([seed, before + step, number], cells))
             questions.append(drawn[-1].questions(random, per_kind))
         logits, wanted, _ = predictions(model, batch(processor, drawn, questions))
         return F.cross_entropy(logits, wanted)
 
     tuned = optimizers(
         model,
-        training.learning_rate,
-        weight_decay=training.weight_decay,
-        muon_rate=training.muon_rate,
+        stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        muon_rate=stage.muon_rate,
         outside=("embed", "lm_head"),
     )
-    settings = f"{training}, seed {seed}, {len(canvases.images)} images"
-    return Run(folder, settings, model, tuned, training.steps, loss, trapezoid)
+    settings = f"{training}, {stage}, seed {seed}, {len(canvases.images)} images"
+    return Run(folder, settings, model, tuned, stage.steps, loss, trapezoid)
 
 
 def fresh(training: Training, seed: int) -> tuple[Any, Any]:
@@ -251,15 +268,17 @@ def train(training: Training, folder: Path, progress: Progress, seed: int = 0) -
 
     pictures, labels = images.read("train")
     model, processor = fresh(training, seed)
-    run = start(training, folder, Canvases(pictures.numpy(), labels.numpy()), model, processor, seed)
-    run.finish(progress)
+    canvases, runs = Canvases(pictures.numpy(), labels.numpy()), []
+    for stage in training.stages:
+        runs.append(start(training, stage, folder / stage.name, canvases, model, processor, seed))
+        runs[-1].finish(progress)
     shipped = folder / "model"
     # half precision has three more bits here than bfloat16, and the tower is stored in it anyway
     model.cpu().half().save_pretrained(shipped)
     processor.save_pretrained(shipped)
     write_sums(shipped)
     loaded = AutoModelForImageTextToText.from_pretrained(shipped, dtype=torch.float32).eval()
-    record = run.figures()
+    record = join(runs)
     write_record(shipped, record, seed)
     measured = figures(training.name, loaded, processor)
     (shipped / "README.md").write_text(card(training, record | {"seed": seed}, measured, shipped))
@@ -269,22 +288,16 @@ def train(training: Training, folder: Path, progress: Progress, seed: int = 0) -
 def card(training: Training, run: dict[str, Any], figures: list[Figure], folder: Path) -> str:
     """Markdown: use, data, training, what was measured, limits."""
     nbytes = (folder / "model.safetensors").stat().st_size
-    lessons = ", ".join(f"{cells} from {start:.0%}" for start, cells in training.cells)
     rows = {
         "data": "Fashion-MNIST (arXiv:1708.07747; Debian package `dataset-fashion-mnist`), licence MIT: canvases of the "
         "55,000 images of the split `train`",
         "frozen": f"the vision tower, `{training.tower}` as it ships",
-        "lessons": f"cells of a canvas by the share of the steps that is done: {lessons}; every other canvas has half as "
-        "many to all of them",
-        "questions": f"up to {training.per_kind} of each kind about a canvas, each seeing the canvas and no other "
-        "question; the loss is that of the answers",
-        "steps": f"{run['steps']:,} of about {training.tokens:,} tokens",
+        **{f"stage `{stage.name}`": _described(stage) for stage in training.stages},
+        "questions": "each sees the canvas and no other question; the loss is that of the answers",
         "time": f"{run['minutes']:.0f} minutes, float32",
         "hardware": run["hardware"],
-        "optimiser": f"Muon (learning rate {training.muon_rate:g}) for the matrices inside, AdamW "
-        f"({training.learning_rate:g}, betas 0.9, 0.95) for embeddings and vectors; weight decay "
-        f"{training.weight_decay}",
-        "schedule": "rising for 3 % of the steps, steady, then linearly to zero over the last 40 %",
+        "optimiser": "Muon for the matrices inside, AdamW (betas 0.9, 0.95) for embeddings and vectors",
+        "schedule": "in each stage rising for 3 % of its steps, steady, then linearly to zero over the last 40 %",
         "code": f"`training/vlm.py`, seed {run['seed']}; the number of steps is fixed, the last weights are kept",
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
@@ -333,6 +346,17 @@ The weights as shipped, in float32, on canvases of test images. An answer is rig
 ## Limits
 
 - It answers these questions in these words, about canvases of this kind, and nothing else.
-- What the tower mistakes for something else (one test image in ten; most are shirts) it names, counts and finds wrongly.
+- What the tower mistakes for something else (one test image in ten; most are shirts) it names, counts and finds wrongly:
+  who read the tower's classes without a mistake would be right 89 % of the time.
 - The name of its place stands before each tile: without it, the model cannot tell where a tile lies.
 """
+
+
+def _described(stage: Stage) -> str:
+    cells = ", ".join(f"{cells} from {start:.0%}" for start, cells in stage.cells)
+    return (
+        f"{stage.steps:,} steps of about {stage.tokens:,} tokens; cells of a canvas by the share of the steps that is "
+        f"done: {cells}, every other canvas has half as many to all of them; up to {stage.per_kind} questions of each "
+        f"kind about one; learning rates at most {stage.muon_rate:g} (Muon) and {stage.learning_rate:g} (AdamW), "
+        f"weight decay {stage.weight_decay:g}"
+    )
