@@ -21,7 +21,7 @@ def _load_zoo() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def zoo() -> ModuleType:
-    """The trained models: `zoo.load("tiny-vit")`, `zoo.path("tiny-lm")`."""
+    """The trained models: `zoo.load_model("tiny-vit")`, `zoo.path("tiny-lm")`."""
     return sys.modules.get("tersor_zoo") or _load_zoo()
 
 
@@ -34,7 +34,7 @@ def tiny_lm_path(zoo) -> Path:
 @pytest.fixture
 def tiny_lm(zoo):
     """The trained embedded language model in float32, fresh for each test: a test may change its modules."""
-    return zoo.load("tiny-lm")[0]
+    return zoo.load_model("tiny-lm")
 
 
 @pytest.fixture(scope="session")

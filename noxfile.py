@@ -51,7 +51,8 @@ def bench(session: nox.Session) -> None:
     files = session.posargs or [
         str(path) for path in sorted(ROOT.glob("**/benchmarks/bench_*.py")) if ".venv" not in path.parts
     ]
-    session.run(*WORKSPACE, "pytest", "--benchmark-only", "--benchmark-json=benchmarks.json", "-m", "not gpu", *files)
+    run = [*WORKSPACE, "--group", "peers", "pytest"]
+    session.run(*run, "--benchmark-only", "--benchmark-json=benchmarks.json", "-m", "not gpu", *files)
 
 
 @nox.session

@@ -105,7 +105,7 @@ def test_bfloat16_differs_only_where_the_best_two_scores_are_within_rounding(tin
 def tiny_draft(zoo):
     if "tiny-draft" not in zoo.names():
         pytest.skip("tiny-draft is not in the zoo")
-    return zoo.load("tiny-draft")[0]
+    return zoo.load_model("tiny-draft")
 
 
 def test_a_distilled_draft_saves_passes_where_nothing_repeats(tiny_lm, tiny_draft, tiny_lm_tokenizer, held_out_text):

@@ -14,7 +14,7 @@ from tersor.diffcache.clock import Signals, Tick
 from tersor.diffcache.errors import UnsupportedModel
 from tersor.diffcache.granularity import Blocks, SubModules
 from tersor.diffcache.granularity.site import Feeder, Output, Residual, rebuild, structure
-from tersor.diffcache.history import weighted_sum
+from tersor.diffcache.history import History
 from tersor.diffcache.predictor import Reuse
 from tersor.diffcache.testing import ToyDiT
 from tersor.diffcache.trigger import Interval
@@ -50,13 +50,22 @@ def test_reuse_returns_the_newest():
     assert Reuse().weights([5.0], 7.0) == [1.0]
 
 
-def test_weighted_sum_adds_in_float32():
-    a, b = torch.full((4,), 256.0, dtype=torch.bfloat16), torch.full((4,), 255.0, dtype=torch.bfloat16)
+def test_predictions_are_summed_in_float32():
+    history = History((), None, macs=0)
+    older, newest = torch.full((4,), 255.0, dtype=torch.bfloat16), torch.full((4,), 256.0, dtype=torch.bfloat16)
+    history.push(0.0, [older, older.double(), None], keep=2)
+    history.push(1.0, [newest, newest.double(), None], keep=2)
+    line, wide, absent = history.predict(Linear(), 3.0)
     # 3 a - 2 b = 258; in bf16, 3 a = 768 and 2 b = 510 would be exact, but 1.5 a - 0.5 b = 256.5 is not
-    assert torch.equal(weighted_sum([3.0, -2.0], [a, b]), torch.full((4,), 258.0, dtype=torch.bfloat16))
-    assert weighted_sum([1.0], [a]) is a
-    assert weighted_sum([3.0, -2.0], [None, None]) is None
-    assert weighted_sum([2.0, -1.0], [a.double(), b.double()]).dtype == torch.float64
+    assert torch.equal(line, torch.full((4,), 258.0, dtype=torch.bfloat16))
+    assert wide.dtype == torch.float64
+    assert absent is None
+
+
+def test_a_single_weight_of_one_copies_nothing():
+    history, feature = History((), None, macs=0), [torch.randn(4), None]
+    history.push(0.0, feature, keep=1)
+    assert all(again is kept for again, kept in zip(history.predict(Reuse(), 1.0), feature))
 
 
 # --------------------------------------------------------------------------------------------------------- triggers

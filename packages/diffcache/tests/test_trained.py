@@ -16,7 +16,7 @@ STEPS = 50
 def tiny_dit(zoo):
     if "tiny-dit" not in zoo.names():
         pytest.skip("tiny-dit is not in the zoo")
-    return zoo.load("tiny-dit")[0]
+    return zoo.load_model("tiny-dit")
 
 
 @pytest.fixture(scope="module", params=[None, 2.0], ids=["alone", "guided"])

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
+from tersor.integration.bench import app as bench_app
 from tersor.integration.console import Json, print_json, progress_bars, say
 from tersor.integration.errors import UserError
 from tersor.integration.zoo.commands import app as zoo_app
@@ -20,6 +21,7 @@ app = App(
 )
 
 app.command(zoo_app)
+app.command(bench_app)
 
 
 @app.command
@@ -48,9 +50,9 @@ def squeeze(
     out
         The directory to write; by default MODEL-PLAN here. It appears when all is done.
     calibration
-        Text file for calibration.
+        Text file, or data set (prose, source-code), for calibration.
     text
-        Text file on which both models are measured.
+        Text file, or data set, on which both models are measured.
     calibration_tokens
         Tokens of it that are used.
     eval_tokens
@@ -63,8 +65,9 @@ def squeeze(
         Replace OUT if it exists.
     """
     from tersor.integration.plan import Plan
-    from tersor.integration.squeeze import Options, finished
+    from tersor.integration.squeeze import Options
     from tersor.integration.squeeze import squeeze as run
+    from tersor.integration.workplace import finished
 
     options = Options(calibration, text, calibration_tokens, eval_tokens, seq_len, new_tokens)
     chosen = Plan.load(plan)
@@ -75,6 +78,95 @@ def squeeze(
     if was_done:
         say(f"{target} was done already")
     print_json(report) if json else _print_report(report, target)
+
+
+@app.command
+def quantize(
+    model: str = "tiny-lm",
+    *,
+    recipe: str = "gptq",
+    bits: int | None = None,
+    group_size: int | None = None,
+    set: Annotated[dict[str, str] | None, Parameter(negative=())] = None,
+    keep: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    calibration: str | None = None,
+    text: str | None = None,
+    calibration_tokens: int = 16384,
+    eval_tokens: int = 8192,
+    seq_len: int = 512,
+    out: Path | None = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    json: Json = False,
+) -> None:
+    """Quantise a language model by one recipe, and report what it lost.
+
+    Parameters
+    ----------
+    model
+        A model that ships with tersor, a local directory, or a hub id (owner/name).
+    recipe
+        A recipe of the package quant: `tersor methods --package quant` lists them.
+    bits
+        Bits per weight, for recipes that let you choose.
+    group_size
+        Weights that share a scale; 0 for a whole row.
+    set
+        Another setting of the recipe, as in a plan: --set.order none --set.damp 0.1
+    keep
+        A linear that stays as it is, by the end of its name; may be given again.
+    calibration
+        Text file, or data set (prose, source-code), for calibration.
+    text
+        Text file, or data set, on which both models are compared.
+    calibration_tokens
+        Tokens of it that are used.
+    eval_tokens
+        Tokens of it that are used.
+    seq_len
+        Tokens per window.
+    out
+        The directory to write; by default MODEL-RECIPE here. It appears when all is done.
+    dry_run
+        Say what would come out and how long it would take, and stop.
+    overwrite
+        Replace OUT if it exists.
+    """
+    from tersor.integration import quantize as command
+
+    chosen: dict[str, Any] = {"recipe": recipe, **{key: _value(value) for key, value in (set or {}).items()}}
+    chosen |= {} if bits is None else {"bits": bits}
+    chosen |= {} if group_size is None else {"group_size": group_size or None}
+    options = command.Options(calibration, text, calibration_tokens, eval_tokens, seq_len, keep)
+    if dry_run:
+        estimated = command.dry_run(model, chosen, options)
+        print_json(estimated) if json else _print_estimate(estimated)
+        return
+    target = out or Path(f"{Path(model).name}-{recipe}")
+    with progress_bars() as progress:
+        report = command.quantize(model, chosen, target, options, progress, overwrite=overwrite)
+    print_json(report) if json else _print_quantized(report, target)
+
+
+@app.command
+def export(directory: Path, *, format: str = "compressed-tensors", out: Path | None = None) -> None:
+    """Write a quantised model as other engines load it.
+
+    Parameters
+    ----------
+    directory
+        What `quantize` or `squeeze` wrote.
+    format
+        compressed-tensors (vLLM, SGLang, transformers), gptq, awq or gguf (llama.cpp).
+    out
+        The directory, or for gguf the file, to write; by default DIRECTORY-FORMAT.
+    """
+    from tersor.integration import models
+    from tersor.quant.export import export as run
+
+    target = out or Path(f"{directory.name}.gguf" if format == "gguf" else f"{directory.name}-{format}")
+    run(models.load(models.locate(str(directory))), target, format, tokenizer=models.load_tokenizer(directory))
+    say(f"wrote {target}")
 
 
 @app.command
@@ -190,6 +282,50 @@ def _print_report(report: dict[str, Any], target: Path) -> None:
     console.print(table)
     console.print(f"Same next token as the original: {100 * report['agreement']:.1f} % of positions.", highlight=False)
     console.print(f"Model, archive and report: {target}", highlight=False, soft_wrap=True)
+
+
+def _value(text: str) -> Any:
+    """A setting as TOML would read it; words need no quotes."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _print_quantized(report: dict[str, Any], target: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "layer", "bits per weight", "relative error", title=f"{report['model']}, {report['recipe']['recipe']}"
+    )
+    for name, layer in report["layers"].items():
+        table.add_row(name, f"{layer['bits_per_weight']:.3f}", f"{layer['relative_error']:.2e}")
+    console = Console()
+    console.print(table)
+    perplexity, nbytes = report["perplexity"], report["bytes"]
+    parts = ", ".join(f"{name} {value:,}" for name, value in nbytes["after"].items())
+    for line in (
+        f"Perplexity {perplexity['before']:.2f} -> {perplexity['after']:.2f}, KL divergence {report['divergence']:.4f} nats "
+        f"per token, another likeliest token at {100 * report['flips']:.1f} % of positions.",
+        f"Bytes {nbytes['before']:,} -> {sum(nbytes['after'].values()):,}: {parts}.",
+        f"{report['seconds']:.0f} s; peak memory {report['peak_rss_bytes'] / 2**20:,.0f} MiB.",
+        f"Model and report: {target}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_estimate(estimated: dict[str, Any]) -> None:
+    parts = ", ".join(f"{name} {value:,}" for name, value in estimated["nbytes"].items())
+    after = sum(estimated["nbytes"].values())
+    print(f"Quantised layers: {estimated['original_nbytes']:,} -> {after:,} bytes ({parts}).")
+    print(
+        f"That is {estimated['bits_per_weight']:.3f} bits per weight; {estimated['other_nbytes']:,} bytes stay as they are."
+    )
+    if estimated["seconds"] is not None:
+        print(f"About {estimated['seconds']:.0f} s on this machine.")
 
 
 def _print_methods(found: list[Any]) -> None:

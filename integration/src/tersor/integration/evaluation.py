@@ -1,5 +1,6 @@
 """What a model is worth: perplexity, next tokens, bytes of its KV cache, speed. Measured, never estimated."""
 
+import math
 import resource
 import statistics
 import sys
@@ -65,6 +66,41 @@ def read(
         if progress:
             progress(index + 1, len(windows), "reading")
     return Reading(float(torch.tensor(total / len(predicted), dtype=torch.float64).exp()), predicted)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one text: perplexities, and what the second makes of the first's predictions.
+
+    Args:
+        divergence: KL(first || second), nats per token, mean over all positions.
+        flips: share of positions where the likeliest next token is another.
+    """
+
+    perplexities: tuple[float, float]
+    divergence: float
+    flips: float
+
+
+@torch.inference_mode()
+def compare(original: Any, changed: Any, windows: Tensor, *, progress: Progress | None = None) -> Comparison:
+    """What `changed` lost against `original` on `windows`, token ids (windows, seq_len)."""
+    losses, divergence, flips, count = [0.0, 0.0], 0.0, 0, 0
+    for index, window in enumerate(windows):
+        both = [model(window[None].to(model.device), use_cache=False).logits[0, :-1] for model in (original, changed)]
+        targets = window[1:].to(both[0].device)
+        # slices: the float32 copy of 512 x 262144 logits would take half a gigabyte
+        for *parts, target in zip(both[0].split(64), both[1].to(targets.device).split(64), targets.split(64)):
+            first, second = (part.float().log_softmax(-1) for part in parts)
+            for i, log_p in enumerate((first, second)):
+                losses[i] -= log_p.gather(-1, target[:, None]).sum().item()
+            divergence += torch.nn.functional.kl_div(second, first, reduction="sum", log_target=True).item()
+            flips += int((first.argmax(-1) != second.argmax(-1)).sum())
+        count += len(targets)
+        if progress:
+            progress(index + 1, len(windows), "comparing")
+    perplexities = [math.exp(loss / count) for loss in losses]
+    return Comparison((perplexities[0], perplexities[1]), divergence / count, flips / count)
 
 
 @torch.inference_mode()

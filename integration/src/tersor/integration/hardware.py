@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of what the figures depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of what the figures depend on, and of `more` distributions, where installed."""
     found = {"python": platform.python_version()}
-    for name in ("tersor", "torch", "transformers", "numba", "triton"):
+    for name in ("tersor", "torch", "transformers", "numba", "triton", *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

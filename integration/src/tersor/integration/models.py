@@ -95,6 +95,16 @@ def checkpoint_dtype(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory).dtype or torch.float32
 
 
+def save(model: Any, tokenizer: Any, directory: Path, dtype: Any) -> None:
+    """Write what `load` reads; parameters in `dtype`, in which they were read: no bits are lost, half are saved."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 

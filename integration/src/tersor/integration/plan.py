@@ -5,6 +5,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -70,7 +71,16 @@ class Plan:
         options = {"past_key_values": self.cache(model), "max_new_tokens": max_new_tokens, "do_sample": False}
         if "decoding" in self.recipes:
             options["custom_generate"] = self.recipes["decoding"]
-        return model.generate(input_ids, **options)
+        with self._attention(model):
+            return model.generate(input_ids, **options)
+
+    def _attention(self, model: Any) -> AbstractContextManager[Any]:
+        # models that compute attention in a way of their own decode their cache first
+        if "kvcache" not in self.recipes or not model._supports_sdpa:
+            return nullcontext()
+        from tersor.kvcache import packed_attention
+
+        return packed_attention(model)
 
 
 def names() -> list[str]:

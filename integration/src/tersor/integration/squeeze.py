@@ -1,23 +1,26 @@
-"""The main job: a model and a plan in, a smaller model and an honest report out.
+"""The main job: a model and a plan in, a smaller model and an honest report out."""
 
-Everything is made in a hidden folder beside the target and renamed at the end, so the target is whole or absent.
-Each stage leaves one file or folder there, itself renamed into place; a second run goes on after the last of them.
-"""
-
-import errno
 import gc
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.integration import hardware, models, zoo
+from tersor.integration import hardware, models, texts
 from tersor.integration.errors import UserError
 from tersor.integration.plan import Plan
 from tersor.integration.worker import run_apart
+from tersor.integration.workplace import (
+    done_before,
+    fingerprint,
+    folder_nbytes,
+    made,
+    need_space,
+    publish,
+    remembered,
+    work_folder,
+)
 
 Progress = Callable[[int, int, str], None]
 PACKED = "model.tersor"
@@ -29,8 +32,8 @@ class Options:
     """How a squeeze calibrates and measures.
 
     Args:
-        calibration: text file for calibration; None is the text that ships with tersor.
-        text: text file for perplexity and agreement; None is the held-out text that ships with tersor.
+        calibration: text file or data set for calibration; None is the text that ships with tersor.
+        text: text file or data set for perplexity and agreement; None is the held-out text that ships with tersor.
         seq_len: tokens per window, for calibration and evaluation.
         new_tokens: tokens that each prompt is continued by when speed is measured.
     """
@@ -46,9 +49,8 @@ class Options:
         for name, least in {"calibration_tokens": 1, "eval_tokens": 2, "seq_len": 2, "new_tokens": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for path in (self.calibration, self.text):
-            if path is not None and not Path(path).is_file():
-                raise UserError(f"text file {path} does not exist")
+        texts.check(self.calibration)
+        texts.check(self.text)
 
 
 def squeeze(
@@ -69,50 +71,36 @@ def squeeze(
         "model": model,
         "plan": {"name": plan.name, **plan.settings},
         "options": asdict(options),
-        "source": _fingerprint(source),
+        "source": fingerprint(source),
     }
-    if out.exists() and not overwrite:
-        if (done := finished(out)) and done["job"] == job:
-            return done
-        raise UserError(f"{out} exists already; use --overwrite, or another --out")
-    _need_space(source, out)
-    work = _work_folder(out, job)
-    try:
+    if report := done_before(out, job, overwrite):
+        return report
+    # the squeezed folder and its archive, even if nothing shrinks
+    need_space(2 * folder_nbytes(source), out)
+    with work_folder(out, job) as work:
         report = _stages(source, plan, work, options, progress, job)
-        _publish(work, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left beside {out}: free some, then run the same command to go on") from error
-        raise
+        publish(work, work / "result", out, PACKED, "report.json", "report.html")
     return report
-
-
-def finished(out: Path) -> dict[str, Any] | None:
-    """The report of the job that made `out`; None if `out` is nothing of ours."""
-    try:
-        return json.loads((out / "report.json").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _stages(
     source: Path, plan: Plan, work: Path, options: Options, progress: Progress, job: dict[str, Any]
 ) -> dict[str, Any]:
-    result, text = work / "result", _texts(options)
-    before = _remembered(
+    result, text = work / "result", texts.held_out(options.text)
+    before = remembered(
         work / "before.json", lambda: run_apart(measure, source, _PLAIN, text, options, progress=progress)
     )
-    _made(result, lambda folder: _shrink(source, plan, folder, options, progress))
-    after = _remembered(work / "after.json", lambda: run_apart(measure, result, plan, text, options, progress=progress))
-    sizes = _remembered(work / "sizes.json", lambda: _pack(plan, result, work / PACKED, progress))
-    runs = _remembered(
+    made(result, lambda folder: _shrink(source, plan, folder, options, progress))
+    after = remembered(work / "after.json", lambda: run_apart(measure, result, plan, text, options, progress=progress))
+    sizes = remembered(work / "sizes.json", lambda: _pack(plan, result, work / PACKED, progress))
+    runs = remembered(
         work / "race.json",
         lambda: run_apart(compete, [(source, _PLAIN), (result, plan)], text, options, progress=progress),
     )
     report = {
         "model": job["model"],
         "plan": job["plan"],
-        "before": _side(before, runs, 0) | {"disk_bytes": _folder_nbytes(source)},
+        "before": _side(before, runs, 0) | {"disk_bytes": folder_nbytes(source)},
         "after": _side(after, runs, 1) | sizes,
         "agreement": _share_equal(before["predicted"], after["predicted"]),
         "prompts": runs["prompts"],
@@ -182,24 +170,18 @@ def _shrink(source: Path, plan: Plan, folder: Path, options: Options, progress: 
     from tersor.integration import evaluation
 
     model, tokenizer = models.load(source), models.load_tokenizer(source)
-    calibration = Path(options.calibration).read_text() if options.calibration else zoo.calibration_text()
-    rows = evaluation.windows(tokenizer, calibration, options.calibration_tokens, options.seq_len)
+    rows = evaluation.windows(
+        tokenizer, texts.calibration(options.calibration), options.calibration_tokens, options.seq_len
+    )
     model = plan.apply(model, rows.to(model.device), progress=progress)
-    # parameters that were not quantised go back to the dtype they were read from: no bits are lost, half are saved
-    dtype = models.checkpoint_dtype(source)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    models.save(model, tokenizer, folder, models.checkpoint_dtype(source))
     del model
     gc.collect()
 
 
 def _pack(plan: Plan, folder: Path, target: Path, progress: Progress) -> dict[str, int]:
     """Bytes on disk: of the archive, or of the folder if the plan makes no archive."""
-    unpacked = _folder_nbytes(folder)
+    unpacked = folder_nbytes(folder)
     if "lossless" not in plan.recipes:
         return {"disk_bytes": unpacked, "unpacked_bytes": unpacked}
     from tersor.lossless import pack
@@ -223,83 +205,9 @@ def _share_equal(a: list[int], b: list[int]) -> float:
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
 
 
-def _texts(options: Options) -> str:
-    return Path(options.text).read_text() if options.text else zoo.held_out_text()
-
-
 def _write_report(work: Path, report: dict[str, Any]) -> dict[str, Any]:
     from tersor.integration.report import html
 
     (work / "report.json").write_text(json.dumps(report, indent=2))
     (work / "report.html").write_text(html(report))
     return report
-
-
-def _publish(work: Path, out: Path) -> None:
-    """Turn the work folder into `out`: from here on only renames, the last of which makes `out` appear."""
-    result = work / "result"
-    for name in (PACKED, "report.json", "report.html"):
-        if (work / name).exists():
-            (work / name).replace(result / name)
-    if out.exists():
-        out.replace(work / "replaced")
-    result.replace(out)
-    shutil.rmtree(work)
-
-
-def _work_folder(out: Path, job: dict[str, Any]) -> Path:
-    """The hidden folder beside `out` for this job; what another job left there is thrown away."""
-    work = out.parent / f".{out.name}.partial"
-    if work.exists() and _read_json(work / "job.json") != job:
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    _write_json(work / "job.json", job)
-    return work
-
-
-def _remembered(path: Path, make: Callable[[], Any]) -> Any:
-    """What `path` holds from an earlier run, else made now and written there."""
-    if not path.exists():
-        _write_json(path, make())
-    return _read_json(path)
-
-
-def _made(folder: Path, make: Callable[[Path], None]) -> None:
-    if folder.exists():
-        return
-    beside = folder.with_suffix(".unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    make(beside)
-    beside.replace(folder)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    beside = path.with_suffix(".unfinished")
-    beside.write_text(json.dumps(value))
-    beside.replace(path)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _fingerprint(source: Path) -> list[list[Any]]:
-    """Name, size and time of each file of the source: a changed model is another job."""
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(source.iterdir()) if p.is_file()]
-
-
-def _folder_nbytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _need_space(source: Path, out: Path) -> None:
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} is not writable; choose another --out")
-    # the squeezed folder and its archive, even if nothing shrinks
-    needed, free = 2 * _folder_nbytes(source), shutil.disk_usage(parent).free
-    if needed > free:
-        raise UserError(f"no space left: {out} may need {needed:,} bytes, {free:,} are free; choose another --out")

@@ -15,7 +15,7 @@ from tersor.integration.errors import UserError
 def run_apart(function: Callable[..., Any], *args: Any, progress: Callable[[int, int, str], None]) -> Any:
     """`function(*args, progress=...)` in a fresh process; its progress is passed on, its errors are raised here.
 
-    The process writes no files, so it may end at any moment: it does when this one is gone, or interrupted.
+    It ends when this one is gone, or interrupted, at any moment: what it writes must then be of no account.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,12 +1,11 @@
 """The features of one site in one context."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tersor.diffcache.recipe import Predictor
+from tersor.kernels import weighted_sum
 
 
 class History:
@@ -35,18 +34,9 @@ class History:
         self._features = [feature, *self._features][:keep]
 
     def predict(self, predictor: Predictor, time: float) -> list[Tensor | None]:
-        """sum_j w_j F(t_j) for each tensor of the feature."""
+        """sum_j w_j F(t_j) for each tensor of the feature; the newest feature itself if its weight 1 is the only one."""
         weights = predictor.weights(self._times, time)
-        return [weighted_sum(weights, tensors) for tensors in zip(*self._features)]
-
-
-def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """sum_j w_j F_j, summed in float32 at least, in the dtype of F_0; F_0 itself if its weight 1 is the only one."""
-    newest = tensors[0]
-    if newest is None or list(weights) == [1.0]:
-        return newest
-    total = torch.zeros_like(newest, dtype=torch.promote_types(newest.dtype, torch.float32))
-    for w, tensor in zip(weights, tensors):
-        if tensor is not None:
-            total.add_(tensor, alpha=w)
-    return total.to(newest.dtype)
+        if list(weights) == [1.0]:
+            return list(self._features[0])  # the newest itself, not a copy
+        present = [[tensor for tensor in tensors if tensor is not None] for tensors in zip(*self._features)]
+        return [weighted_sum(weights, tensors) if tensors else None for tensors in present]

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[b, index[b]]`: tokens `index` (batch, k) of `x` (batch, tokens, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+from tersor.kernels import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class TokenState:
     As long as tokens are only merged, `size.sum(1)` is the number of original tokens; pruning takes mass away.
 
     Args:
-        size: (batch, tokens), float32: how many original tokens each token stands for.
+        size: (batch, tokens), float32 at least: how many original tokens each token stands for.
         index: (batch, tokens): position of each token's representative before any reduction.
         source: (batch, original tokens): the token that each original token is part of now, -1 where it was pruned.
         num_protected: length of the protected prefix.
@@ -54,7 +51,7 @@ class TokenState:
             place: (batch, tokens), the new position of each old token, -1 where it is pruned.
         """
         source = place.gather(1, self.source.clamp(min=0)).where(self.source >= 0, -1)
-        return TokenState(size, rows(self.index, kept), source, self.num_protected)
+        return TokenState(size, self.index.gather(1, kept), source, self.num_protected)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Each original token gets the value of the token that it is part of: (batch, original tokens, dim).
@@ -63,4 +60,4 @@ class TokenState:
         """
         if (self.source < 0).any():
             raise ValueError("some tokens were pruned, so no token holds their value; unmerge needs a merging reducer")
-        return rows(x, self.source)
+        return gather_tokens(x, self.source)

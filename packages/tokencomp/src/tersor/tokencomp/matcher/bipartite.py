@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from tersor.kernels import bipartite_match
 from tersor.tokencomp.matcher.assignment import Assignment
 
 
@@ -16,21 +16,19 @@ class Bipartite:
 
     Source: arXiv:2210.09461, section 3. New order: protected, what is left of A, B. So it is in the authors' code when
     there is a class token; without one, theirs leaves A in the order of the scores, ours in that of the sequence. Ties
-    go to the earlier token, similarities are float32 whatever the model computes in, and any number of protected tokens
-    is served.
+    go to the earlier token, similarities are float32 at least, and any number of protected tokens is served.
     """
 
     def match(self, features: Tensor, r: int, num_protected: int) -> Assignment:
-        # float32: half precision has too many ties, and its eps of 1e-12 would be 0
-        m = normalize(features.detach().float(), dim=-1)
-        place = torch.arange(num_protected, features.shape[1], device=features.device)
-        a, b = place[place % 2 == 0], place[place % 2 == 1]
-        score, nearest = (m[:, a] @ m[:, b].mT).max(-1)  # (batch, |A|); of equal ones max gives the first
+        features = features.detach()
+        place = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
+        in_a, in_b = (slice(num_protected + (num_protected + odd) % 2, None, 2) for odd in (0, 1))
+        score, nearest = bipartite_match(features[:, in_a], features[:, in_b])
         order = score.argsort(dim=-1, descending=True, stable=True)
         merged, left = order[:, :r], order[:, r:].sort(dim=-1).values
-        prefix = torch.arange(num_protected, device=features.device)
-        kept = torch.cat([prefix.expand(len(m), -1), a[left], b.expand(len(m), -1)], 1)
-        return Assignment(a[merged], b[nearest.gather(1, merged)], kept)
+        a, b = place[:, in_a], place[:, in_b]
+        kept = torch.cat([place[:, :num_protected], a.gather(1, left), b], 1)
+        return Assignment(a.gather(1, merged), b.gather(1, nearest.gather(1, merged)), kept)
 
     def limit(self, num_tokens: int, num_protected: int) -> int:
         """Half of the tokens that are not protected: A without the protected ones is never smaller."""

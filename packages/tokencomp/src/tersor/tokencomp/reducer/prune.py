@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersor.tokencomp.state import TokenState, rows
+from tersor.kernels import gather_tokens
+from tersor.tokencomp.state import TokenState
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Prune:
         place = torch.full_like(state.index, -1)
         new_places = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
         place = place.scatter(1, kept, new_places)
-        return rows(x, kept), state.moved(rows(state.size, kept), kept, place)
+        return gather_tokens(x, kept), state.moved(state.size.gather(1, kept), kept, place)
 
     def limit(self, num_tokens: int, num_protected: int) -> int:
         """All but one, because a mean or an attention over nothing is not defined."""
