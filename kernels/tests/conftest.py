@@ -24,6 +24,17 @@ def body(request):
         yield request.param
 
 
+@pytest.fixture(params=[256, 512])
+def vectors(request, monkeypatch):
+    """The bits in a vector of the CPU's bodies, where they have code for both."""
+    simd512 = pytest.importorskip("tersor.kernels.simd512", reason="numba is not installed")
+    if request.param == 256:
+        monkeypatch.setattr(simd512, "_sound", lambda *features: False)
+    elif not simd512.available("bf16", "vnni"):
+        pytest.skip("this processor has no AVX-512 with products of bytes and bfloat16")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _holes_show():
     """`torch.empty` is full of NaN, or of the largest integer, so that an element that nobody wrote shows."""

@@ -90,6 +90,39 @@ def test_any_shape_and_grid(bits, rows, out, groups, group_size, grid_dtype, zer
         assert_close(lookup_linear(*p), p)
 
 
+# (rows of x, out, in, group_size): groups as long as a field, within one, across two and across eight
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 512, 64), (3, 2, 1024, 128), (1, 2, 1024, 512), (5, 3, 512, 512)], ids=str)
+def test_vectors_of_both_lengths(vectors, guarded, generator, bits, dtype, shape):
+    p = problem(generator, bits, *shape, dtype=dtype, zero=shape[0] != 3)
+    # which is what they are rounded to with x in bfloat16
+    p = p._replace(codebook=p.codebook.to(dtype).float())
+    zero_point = None if p.zero_point is None else guarded(p.zero_point)
+    y = lookup_linear(*map(guarded, p[:4]), *p[4:6], zero_point)
+    assert_close(y, p, 2e-6 if dtype == torch.float32 else 2**-8)
+    if dtype == torch.bfloat16:
+        # sums are in float32, and rounded once
+        assert ((y.double() - p.x.double() @ weight(p).T).abs() <= y.double().abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("grid_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_vectors_of_both_lengths_and_scales_of_any_dtype(vectors, generator, grid_dtype):
+    p = problem(generator, 4, 2, 3, 256, 64, grid_dtype=grid_dtype)
+    assert_close(lookup_linear(*p), p)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_vectors_of_both_lengths_on_two_threads(vectors, generator, rows):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        p = problem(generator, 4, rows, 517, 512, 64)
+        assert_close(lookup_linear(*p), p)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @needs_numba
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("rows", [1, 4, 12])

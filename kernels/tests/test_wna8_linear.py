@@ -77,6 +77,26 @@ def test_the_largest_products_do_not_saturate(body, bits, n):
     assert torch.equal(y, torch.full((1, 3), -128.0 * n * (2**bits - 1)))
 
 
+# (rows of x, out, in, group_size, groups of x)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 3, 512, 64, 1), (4, 3, 1024, 128, 8), (9, 2, 9216, 64, 144)], ids=str)
+def test_vectors_of_both_lengths(vectors, guarded, generator, bits, shape):
+    p, expected = problem(generator, bits, *shape)
+    x = guarded(p.x.view(torch.uint8)).view(torch.int8)
+    assert_close(wna8_linear(x, *map(guarded, p[1:5]), *p[5:]), expected, p)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_vectors_of_both_lengths_on_two_threads(vectors, generator, rows):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        p, expected = problem(generator, 4, rows, 517, 512, 128)
+        assert_close(wna8_linear(*p), expected, p)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @needs_numba
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(

@@ -81,6 +81,14 @@ def _shuffle(builder, a, b, order):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_i32, len(order)), order))
 
 
+def total_of(builder, vector):
+    """The sum of float32 in any order."""
+    function_type = ir.FunctionType(_float, [_float, vector.type])
+    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
+    reduce = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(reduce, [ir.Constant(_float, -0.0), vector], fastmath=("reassoc",))
+
+
 def _splat(builder, value, count):
     one = builder.insert_element(ir.Constant(ir.VectorType(value.type, count), ir.Undefined), value, _i32(0))
     return _shuffle(builder, one, one, [0] * count)
@@ -226,8 +234,18 @@ def int32_at(typing, address):
 
 
 @intrinsic
+def int64_at(typing, address):
+    return _emit(types.int64(_address), lambda builder, address: _load(builder, address, _i64))
+
+
+@intrinsic
 def set_float32(typing, address, value):
     return _emit(types.void(_address, types.float32), _set)
+
+
+@intrinsic
+def set_int16(typing, address, value):
+    return _emit(types.void(_address, types.int16), _set)
 
 
 @intrinsic
@@ -468,12 +486,7 @@ def total_i64(typing, vector):
 def total(typing, vector):
     """The sum of the elements."""
 
-    def instructions(builder, vector):
-        function_type = ir.FunctionType(_float, [_float, f32x8.llvm])
-        reduce = cgutils.get_or_insert_function(builder.module, function_type, "llvm.vector.reduce.fadd.v8f32")
-        return builder.call(reduce, [ir.Constant(_float, -0.0), vector], fastmath=("reassoc",))
-
-    return _emit(types.float32(f32x8), instructions)
+    return _emit(types.float32(f32x8), total_of)
 
 
 @functools.cache

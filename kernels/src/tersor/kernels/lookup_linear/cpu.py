@@ -21,11 +21,11 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from tersor.kernels import simd
+from tersor.kernels import simd, simd512
 from tersor.kernels.bits.cpu import unpack_bits
 from tersor.kernels.cpu import jit, num_threads
 from tersor.kernels.dispatch import Declined
-from tersor.kernels.lookup_linear import wide
+from tersor.kernels.lookup_linear import avx512, wide
 from tersor.kernels.simd import FLOATS_ORDER
 
 _f32 = np.float32
@@ -52,9 +52,15 @@ def lookup_linear(
     if not (x.numel() and out):
         return x.new_zeros(*x.shape[:-1], out)
     dtype, shape = x.dtype, x.shape
+    y = torch.empty(*shape[:-1], out)
+    of_512_bits = bits <= 4 and x.numel() <= _MAX_ROWS * n and _run(n, bits, group_size) % 64 == 0
+    if of_512_bits and simd512.available("bf16"):
+        x = x if dtype in (torch.float32, torch.bfloat16) else x.float()
+        avx512.multiply(x, packed, codebook, scale, zero_point, bits, group_size, _run(n, bits, group_size), y)
+        return y if dtype == torch.float32 else y.to(dtype)
     if dtype != torch.float32:
         x = x.float()
-    x, y = x.contiguous(), torch.empty(*shape[:-1], out)
+    x = x.contiguous()
     if bits > 4 and x.numel() <= _MAX_ROWS * n and simd.available():
         wide.multiply(x, packed, codebook, scale, zero_point, bits, y)
     elif has_vector_code(n, bits, group_size):

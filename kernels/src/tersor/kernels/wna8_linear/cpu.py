@@ -12,11 +12,12 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from tersor.kernels import simd
+from tersor.kernels import simd, simd512
 from tersor.kernels.bits.cpu import unpack_row
 from tersor.kernels.cpu import jit, num_threads, words
 from tersor.kernels.dequant_matmul.cpu import dequant_matmul
 from tersor.kernels.dispatch import Declined
+from tersor.kernels.wna8_linear import avx512
 
 _f32 = np.float32
 
@@ -34,6 +35,8 @@ def wna8_linear(
         return x_scale.new_zeros(*x.shape[:-1], out)
     num_rows = x.numel() // n
     groups = n // group_size
+    if num_rows <= _MAX_ROWS and avx512.serves(n, bits, group_size) and simd512.available("vnni"):
+        return _wna8_linear_512(x, x_scale, packed, scale, zero_point, bits, group_size)
     grouped = x.reshape(num_rows, groups, group_size)
     x_scale_of_groups = x_scale.reshape(num_rows, -1).float().expand(num_rows, groups).contiguous()
     if num_rows > _MAX_ROWS or group_size % 32 or not simd.available():
@@ -56,6 +59,25 @@ def wna8_linear(
     else:
         _multiply_in_parallel(*operands, in_place, threads)
     return y.to(x_scale.dtype)
+
+
+def _wna8_linear_512(x, x_scale, packed, scale, zero_point, bits, group_size) -> Tensor:
+    n, out = x.shape[-1], len(packed)
+    y = torch.empty(*x.shape[:-1], out)
+    x, x_scale_of_groups, packed = x.contiguous(), x_scale.float().contiguous(), packed.contiguous()
+    scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
+    # addresses: the tensors live until the end of this function
+    of_scales = x_scale_of_groups.data_ptr(), 4 if x_scale.shape[-1] > 1 else 0, 4 * x_scale.shape[-1]
+    weight = packed.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
+    # a tuple is a number that Numba knows when it compiles
+    sizes = x.numel() // n, out, n, n // group_size, (0,) * bits
+    operands = x.data_ptr(), of_scales, y.data_ptr(), weight, *sizes
+    threads = num_threads(packed.numel())
+    if threads == 1:
+        _multiply_512(*operands)
+    else:
+        _multiply_512_in_parallel(*operands, threads)
+    return y if x_scale.dtype == y.dtype else y.to(x_scale.dtype)
 
 
 @jit(parallel=True)
@@ -109,6 +131,72 @@ def _multiply(
                 )
             offset = _offset(scales, zeros, sums + 4 * groups * m, groups)
             simd.set_float32(y + 4 * (m * out + row), product - offset)
+
+
+@jit(parallel=True)
+def _multiply_512_in_parallel(x, x_scale, y, weight, num_rows, out, n, groups, bits, threads):
+    sums = _sums(x, x_scale, num_rows, n, groups)
+    for t in prange(threads):
+        _multiply_512_rows(
+            x, x_scale, sums, y, weight, num_rows, out, n, groups, bits, t * out // threads, (t + 1) * out // threads
+        )
+
+
+@jit()
+def _multiply_512(x, x_scale, y, weight, num_rows, out, n, groups, bits):
+    sums = _sums(x, x_scale, num_rows, n, groups)
+    _multiply_512_rows(x, x_scale, sums, y, weight, num_rows, out, n, groups, bits, 0, out)
+
+
+@jit()
+def _sums(x, x_scale, num_rows, n, groups):
+    """Of each group of x, which zero points multiply."""
+    sums, (at, step, stride) = np.empty((num_rows, groups), _f32), x_scale
+    for m in range(num_rows):
+        for group in range(groups):
+            total = avx512.sum_of_bytes(x + m * n + group * (n // groups), n // groups)
+            sums[m, group] = _f32(total) * simd.float32_at(at + stride * m + step * group)
+    return sums
+
+
+@jit()
+def _multiply_512_rows(x, x_scale, sums, y, weight, num_rows, out, n, groups, bits, start, stop):
+    (packed, scale, zero_point), (at, step, stride) = weight, x_scale
+    row_nbytes, group_size, in_fours = n // 8 * len(bits), n // groups, num_rows // 4 * 4
+    sums_at = np.int64(sums.ctypes.data)
+    for row in range(start, stop, 2):
+        # of an odd number of rows, the last goes with itself
+        other = min(row + 1, stop - 1)
+        codes_0, codes_1 = packed + row_nbytes * row, packed + row_nbytes * other
+        scale_0, scale_1 = scale + 4 * groups * row, scale + 4 * groups * other
+        zeros_0, zeros_1 = zero_point + 4 * groups * row, zero_point + 4 * groups * other
+        for m in range(0, in_fours, 4):
+            products = avx512.dot_2_by_4(
+                codes_0,
+                codes_1,
+                x + n * m,
+                scale_0,
+                scale_1,
+                zeros_0,
+                zeros_1,
+                at + stride * m,
+                step,
+                stride,
+                sums_at + 4 * groups * m,
+                n,
+                group_size,
+                bits,
+            )
+            for i in range(4):
+                simd.set_float32(y + 4 * ((m + i) * out + row), products[i])
+                simd.set_float32(y + 4 * ((m + i) * out + other), products[4 + i])
+        for m in range(in_fours, num_rows):
+            of_x = at + stride * m, step, sums_at + 4 * groups * m
+            product = avx512.dot(codes_0, x + n * m, scale_0, zeros_0, *of_x, n, group_size, bits)
+            simd.set_float32(y + 4 * (m * out + row), product)
+            if other > row:
+                product = avx512.dot(codes_1, x + n * m, scale_1, zeros_1, *of_x, n, group_size, bits)
+                simd.set_float32(y + 4 * (m * out + other), product)
 
 
 @jit()
