@@ -79,6 +79,34 @@ def test_sums_are_exact_to_float32(body, generator, shape, zero):
     assert_close(int8_linear(*p), p)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 256, 2), (4, 3, 128, 1), (7, 2, 192, 3)], ids=str)
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero_point"])
+def test_vectors_of_both_lengths(vectors, guarded, generator, shape, zero):
+    p = problem(generator, *shape, zero=zero)
+    # the fence of integers is full of 255, which int8 does not hold
+    fenced = guarded(p.x), guarded(p.weight.view(torch.uint8)).view(torch.int8), guarded(p.scale)
+    assert_close(int8_linear(*fenced, guarded(p.zero_point) if zero else None), p)
+    q = integer_problem(generator, *shape[:3])
+    q.x[0], q.weight[0] = -128, -128
+    x, weights = (guarded(t.view(torch.uint8)).view(torch.int8) for t in (q.x, q.weight))
+    ones = torch.ones(shape[0], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
+    assert torch.equal(w8a8_linear(x, ones[0], weights, ones[1]), (q.x.long() @ q.weight.long().T).double())
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_vectors_of_both_lengths_on_two_threads(vectors, generator, rows):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        p = problem(generator, rows, 517, 512, 4)
+        assert_close(int8_linear(*p), p)
+        q = integer_problem(generator, rows, 517, 512)
+        ones = torch.ones(rows, dtype=torch.float64), torch.ones(517, dtype=torch.float64)
+        assert torch.equal(w8a8_linear(q.x, ones[0], q.weight, ones[1]), (q.x.long() @ q.weight.long().T).double())
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 20])
 def test_half_precision(body, generator, rows, dtype):

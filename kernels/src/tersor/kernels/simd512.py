@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from tersor.kernels import simd
 from tersor.kernels.cpu import jit
-from tersor.kernels.simd import Vector, _address, _call, _emit, _i16, _i32, _load, _set, _splat, total_of
+from tersor.kernels.simd import Vector, _address, _call, _emit, _i8, _i16, _i32, _load, _set, _splat, total_of
 
 _log = logging.getLogger("tersor.kernels")
 
@@ -35,6 +35,14 @@ def load(typing, address):
 @intrinsic
 def load_f32(typing, address):
     return _emit(f32x16(_address), lambda builder, address: _load(builder, address, f32x16.llvm))
+
+
+@intrinsic
+def load_i8_as_f32(typing, address):
+    def instructions(builder, address):
+        return builder.sitofp(_load(builder, address, ir.VectorType(_i8, 16)), f32x16.llvm)
+
+    return _emit(f32x16(_address), instructions)
 
 
 @intrinsic
@@ -80,6 +88,16 @@ def mask(typing, vector, bits):
 
     def instructions(builder, vector, bits):
         return builder.and_(vector, _splat(builder, builder.trunc(bits, _i32), 16))
+
+    return _emit(i32x16(i32x16, types.int64), instructions)
+
+
+@intrinsic
+def flip(typing, vector, bits):
+    """vector ^ bits, of 32 bits each."""
+
+    def instructions(builder, vector, bits):
+        return builder.xor(vector, _splat(builder, builder.trunc(bits, _i32), 16))
 
     return _emit(i32x16(i32x16, types.int64), instructions)
 
@@ -157,6 +175,21 @@ def fma(typing, a, b, c):
         f32x16(f32x16, f32x16, f32x16),
         lambda builder, a, b, c: _call(builder, "llvm.fma.v16f32", f32x16.llvm, a, b, c),
     )
+
+
+@intrinsic
+def add(typing, a, b):
+    return _emit(f32x16(f32x16, f32x16), lambda builder, a, b: builder.fadd(a, b))
+
+
+@intrinsic
+def sub(typing, a, b):
+    return _emit(f32x16(f32x16, f32x16), lambda builder, a, b: builder.fsub(a, b))
+
+
+@intrinsic
+def add_i32(typing, a, b):
+    return _emit(i32x16(i32x16, i32x16), lambda builder, a, b: builder.add(a, b))
 
 
 @intrinsic

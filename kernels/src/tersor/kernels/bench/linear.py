@@ -61,7 +61,7 @@ def _case(op: str, n: int, rows: int, nbytes: int, contenders: dict[str, Prepare
 
 
 def _lookups(n: int, rows: int) -> list[Case]:
-    """Integers, NF4, and integers with zero points."""
+    """Integers, NF4, and integers with zero points; x in bfloat16, as for the peers, unless said."""
     found = []
     for bits in (1, 2, 3, 4):
         others: dict[str, Prepare] = {}
@@ -70,6 +70,7 @@ def _lookups(n: int, rows: int) -> list[Case]:
         if bits in (2, 4):
             others[f"optimum-quanto qint{bits}"] = partial(peers.quanto, n, rows, f"qint{bits}")
         found.append(_lookup(f"{bits} bits", n, rows, torch.arange(2.0**bits), 1, others))
+    found.append(_lookup("4 bits, float32", n, rows, torch.arange(16.0), 1, {}, torch.float32))
     nf4: dict[str, Prepare] = {"bitsandbytes nf4": partial(peers.bitsandbytes_nf4, n, rows)}
     return [
         *found,
@@ -78,11 +79,20 @@ def _lookups(n: int, rows: int) -> list[Case]:
     ]
 
 
-def _lookup(codes: str, n: int, rows: int, codebook: Tensor, grids: int, others: dict[str, Prepare]) -> Case:
+def _lookup(
+    codes: str,
+    n: int,
+    rows: int,
+    codebook: Tensor,
+    grids: int,
+    others: dict[str, Prepare],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
     bits = len(codebook).bit_length() - 1
 
     def prepare() -> Call:
-        x, weights = torch.randn(rows, n), copies(_some_packed(n, bits), *(_some_grid(n) for _ in range(grids)))
+        x = torch.randn(rows, n, dtype=dtype)
+        weights = copies(_some_packed(n, bits), *(_some_grid(n) for _ in range(grids)))
 
         def run() -> Tensor:
             packed, scale, *zero_point = next(weights)

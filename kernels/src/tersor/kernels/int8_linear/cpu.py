@@ -1,6 +1,6 @@
 """Products with weights of 8 bits on the CPU.
 
-Up to 12 rows of x (or 32 of int8): one row of weights after the other, while it is in the cache, in vectors. More, or
+Up to 12 rows of x (16 with vectors of 512 bits, 32 of int8): one row of weights after the other, while it is in the cache, in vectors. More, or
 without vectors: torch multiplies blocks of decoded weights, in float32 for int8, too. Its products are at most 2^14, so
 that sums of 1024 of them are exact.
 """
@@ -15,13 +15,13 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from tersor.kernels import simd
+from tersor.kernels import simd, simd512
 from tersor.kernels.cpu import jit, num_threads
 from tersor.kernels.dispatch import Declined
-from tersor.kernels.int8_linear import scaled
+from tersor.kernels.int8_linear import avx512, scaled
 
 # beyond, a matrix product of torch's is faster
-_MAX_ROWS, MAX_INT8_ROWS = 12, 32
+_MAX_ROWS, _MAX_ROWS_512, MAX_INT8_ROWS = 12, 16, 32
 _BLOCK_ELEMENTS = 2**18  # decoded weights held at a time: 1 MiB
 _EXACT = 1024
 # bytes: the machine's own prefetching stops at the end of a page (measured: 8 % at 1024, less at 512 and 4096)
@@ -36,7 +36,9 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | N
         return x.new_zeros(*x.shape[:-1], out)
     dtype, shape, num_rows = x.dtype, x.shape, x.numel() // n
     x, y = x.float().contiguous(), torch.empty(*shape[:-1], out)
-    if num_rows <= _MAX_ROWS and simd.available():
+    # Numba compiles a function for each of them
+    wide = True if n // scale.shape[1] % 64 == 0 and simd512.available() else None
+    if num_rows <= (_MAX_ROWS if wide is None else _MAX_ROWS_512) and simd.available():
         weight, scale = weight.contiguous(), scale.float().contiguous()
         zero_point = None if zero_point is None else zero_point.float().contiguous()
         addresses = (
@@ -45,11 +47,11 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | N
             scale.data_ptr(),
             zero_point.data_ptr() if zero_point is not None else 0,
         )
-        threads = num_threads(out * n)
+        threads, groups = num_threads(out * n), scale.shape[1]
         if threads == 1:
-            _multiply(*addresses, y.data_ptr(), num_rows, out, n, scale.shape[1], 0, out)
+            _multiply(*addresses, y.data_ptr(), num_rows, out, n, groups, wide, 0, out)
         else:
-            _multiply_in_parallel(*addresses, y.data_ptr(), num_rows, out, n, scale.shape[1], threads)
+            _multiply_in_parallel(*addresses, y.data_ptr(), num_rows, out, n, groups, wide, threads)
     else:
         x, rows_of_y = x.view(num_rows, n), y.view(num_rows, out)
         for rows in _blocks(out, n):
@@ -66,9 +68,17 @@ def w8a8_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Te
     product = torch.zeros(*x.shape[:-1], out, dtype=torch.int32)
     if x.numel() and out:
         num_rows = x.numel() // n
-        if num_rows <= MAX_INT8_ROWS and simd.available():
+        threads = num_threads(out * n)
+        if num_rows <= MAX_INT8_ROWS and n % 64 == 0 and simd512.available("vnni"):
+            x, weight = x.contiguous(), weight.contiguous()
+            offsets = 128 * x.sum(-1, dtype=torch.int32).flatten()
+            addresses = x.data_ptr(), weight.data_ptr(), offsets.data_ptr(), product.data_ptr()
+            if threads == 1:
+                _multiply_bytes(*addresses, num_rows, out, n, 0, out)
+            else:
+                _multiply_bytes_in_parallel(*addresses, num_rows, out, n, threads)
+        elif num_rows <= MAX_INT8_ROWS and simd.available():
             words, weight = x.to(torch.int16).contiguous(), weight.contiguous()
-            threads = num_threads(out * n)
             addresses = words.data_ptr(), weight.data_ptr(), product.data_ptr()
             if threads == 1:
                 _multiply_int8(*addresses, num_rows, out, n, 0, out)
@@ -94,19 +104,37 @@ def _blocks(out: int, n: int) -> list[slice]:
 
 
 @jit()
-def _multiply(x, weight, scale, zero_point, y, num_rows, out, n, groups, start, stop):
-    for row in range(start, stop):
-        for m in range(num_rows):
+def _multiply(x, weight, scale, zero_point, y, num_rows, out, n, groups, wide, start, stop):
+    # rows of x that are taken four by four
+    in_fours = 0 if wide is None else num_rows // 4 * 4
+    if wide is not None:
+        for row in range(start, stop if in_fours else start, 2):
+            # of an odd number of rows, the last goes with itself
+            other = min(1, stop - 1 - row)
             zeros = zero_point + 4 * row * groups if zero_point else 0
-            product = _dot(x + 4 * m * n, weight + row * n, scale + 4 * row * groups, zeros, n // groups, groups)
+            for m in range(0, in_fours, 4):
+                products = avx512.dot_2_by_4(
+                    x + 4 * m * n, n, weight + row * n, other, scale + 4 * row * groups, zeros, n // groups, groups
+                )
+                for i in range(4):
+                    simd.set_float32(y + 4 * ((m + i) * out + row), products[i])
+                    simd.set_float32(y + 4 * ((m + i) * out + row + other), products[4 + i])
+    for row in range(start, stop if in_fours < num_rows else start):
+        of_weight, of_scale = weight + row * n, scale + 4 * row * groups
+        zeros = zero_point + 4 * row * groups if zero_point else 0
+        for m in range(in_fours, num_rows):
+            if wide is not None:
+                product = avx512.dot(x + 4 * m * n, of_weight, of_scale, zeros, n // groups, groups)
+            else:
+                product = _dot(x + 4 * m * n, of_weight, of_scale, zeros, n // groups, groups)
             simd.set_float32(y + 4 * (m * out + row), product)
 
 
 @jit(parallel=True)
-def _multiply_in_parallel(x, weight, scale, zero_point, y, num_rows, out, n, groups, threads):
+def _multiply_in_parallel(x, weight, scale, zero_point, y, num_rows, out, n, groups, wide, threads):
     for t in prange(threads):
         first, last = t * out // threads, (t + 1) * out // threads
-        _multiply(x, weight, scale, zero_point, y, num_rows, out, n, groups, first, last)
+        _multiply(x, weight, scale, zero_point, y, num_rows, out, n, groups, wide, first, last)
 
 
 @jit()
@@ -140,6 +168,27 @@ def _dot(x, weight, scale, zero_point, group_size, groups):
         tail += rest * s
         product = simd.fma(simd.add(simd.add(sum_0, sum_1), simd.add(sum_2, sum_3)), simd.splat(s), product)
     return simd.total(product) + tail
+
+
+@jit()
+def _multiply_bytes(x, weight, offsets, product, num_rows, out, n, start, stop):
+    in_fours = num_rows // 4 * 4
+    for row in range(start, stop):
+        for m in range(0, in_fours, 4):
+            products = avx512.dot_int8_by_4(x + m * n, n, weight + row * n)
+            for i in range(4):
+                sum_of_row = np.int32(products[i] - simd.int32_at(offsets + 4 * (m + i)))
+                simd.set_int32(product + 4 * ((m + i) * out + row), sum_of_row)
+        for m in range(in_fours, num_rows):
+            sum_of_row = np.int32(avx512.dot_int8(x + m * n, weight + row * n, n) - simd.int32_at(offsets + 4 * m))
+            simd.set_int32(product + 4 * (m * out + row), sum_of_row)
+
+
+@jit(parallel=True)
+def _multiply_bytes_in_parallel(x, weight, offsets, product, num_rows, out, n, threads):
+    for t in prange(threads):
+        first, last = t * out // threads, (t + 1) * out // threads
+        _multiply_bytes(x, weight, offsets, product, num_rows, out, n, first, last)
 
 
 @jit()
