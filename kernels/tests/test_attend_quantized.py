@@ -90,6 +90,28 @@ def test_all_widths_and_ragged_shapes(body, generator, bits, shape):
     assert_close(attend_quantized(*p), p)
 
 
+# (query heads, queries, tokens, channels, tokens and channels of a group): rows of a head, four by four, are their product
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(4, 2, 70, 64, 32, 32), (8, 1, 600, 128, 64, 64), (16, 1, 5, 32, 96, 32)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_codes_are_multiplied_in_place(vectors, guarded, generator, bits, shape, threads):
+    num_heads, queries, seq, head_dim, token_group, group_size = shape
+    p = problem(
+        generator, bits, 1, num_heads, 2, queries, seq, head_dim, token_group, head_dim // group_size, torch.float32,
+        torch.float16,
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        key, value = (tuple(guarded(t) for t in each) for each in (p.key, p.value))
+        assert_close(attend_quantized(guarded(p.query), key, value, *p[3:]), p)
+        # grids of the other kind on either side
+        value = stream(generator, 1, 2, seq, head_dim, bits, 32, head_dim)
+        assert_close(attend_quantized(*(p := p._replace(value=value, value_token_group=32))), p)
+    finally:
+        torch.set_num_threads(before)
+
+
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     bits=st.tuples(st.integers(1, 8), st.integers(1, 8)),

@@ -13,13 +13,13 @@ import logging
 
 import numpy as np
 from llvmlite import binding, ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 from tersor.kernels import simd
 from tersor.kernels.cpu import jit
-from tersor.kernels.simd import Vector, _address, _call, _emit, _i8, _i16, _i32, _load, _set, _splat, total_of
+from tersor.kernels.simd import Vector, _address, _call, _emit, _i8, _i16, _i32, _load, _set, _shuffle, _splat, total_of
 
 _log = logging.getLogger("tersor.kernels")
 
@@ -41,6 +41,16 @@ def load_f32(typing, address):
 def load_i8_as_f32(typing, address):
     def instructions(builder, address):
         return builder.sitofp(_load(builder, address, ir.VectorType(_i8, 16)), f32x16.llvm)
+
+    return _emit(f32x16(_address), instructions)
+
+
+@intrinsic
+def load_u8_as_f32(typing, address):
+    def instructions(builder, address):
+        # signed, which is one instruction: 255 is positive in 32 bits
+        wide = builder.zext(_load(builder, address, ir.VectorType(_i8, 16)), i32x16.llvm)
+        return builder.sitofp(wide, f32x16.llvm)
 
     return _emit(f32x16(_address), instructions)
 
@@ -218,6 +228,23 @@ def total_i32(typing, vector):
 def total(typing, vector):
     """The sum of the elements."""
     return _emit(types.float32(f32x16), lambda builder, vector: total_of(builder, vector))
+
+
+@intrinsic
+def totals(typing, vectors):
+    """The sums of the elements of each of 16 vectors."""
+
+    def instructions(builder, vectors):
+        parts = cgutils.unpack_tuple(builder, vectors)
+        even, odd = (list(range(first, 32, 2)) for first in (0, 1))
+        while len(parts) > 1:
+            parts = [
+                builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+                for a, b in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        return parts[0]
+
+    return _emit(f32x16(types.UniTuple(f32x16, 16)), instructions)
 
 
 def available(*features: str) -> bool:

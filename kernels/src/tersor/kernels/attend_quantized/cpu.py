@@ -8,6 +8,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from tersor.kernels import simd512
+from tersor.kernels.attend_quantized import avx512
 from tersor.kernels.cpu import REORDER, array, jit, num_threads, words
 from tersor.kernels.dispatch import Declined
 from tersor.kernels.merge_attention import merge_attention
@@ -45,6 +47,7 @@ def attend_quantized(
     if output.numel() and seq_len:
         q = query.float() * (head_dim**-0.5 if scale is None else scale)
         logit_bias = torch.zeros(1, 1, 0) if bias is None else bias.float().contiguous()
+        in_place = _in_place(key, value, key_token_group, value_token_group, rows, head_dim)
         lanes, key_codes, value_codes = words((head_dim + 7) // 8, *(_per_head(t[0]) for t in (key, value)))
         arguments = (
             array(q.reshape(heads, rows, head_dim).contiguous()),
@@ -54,6 +57,7 @@ def attend_quantized(
             num_key_value_heads,
             array(output),
             array(lse),
+            *in_place,
         )
         if threads == 1:
             _attend(*arguments, 0, parts * heads)
@@ -61,6 +65,17 @@ def attend_quantized(
             _attend_in_parallel(*arguments, threads)
     merged, total = (output[0], lse[0]) if parts == 1 else merge_attention(output, lse)
     return merged.to(query.dtype).view(query.shape), total.view(query.shape[:3])
+
+
+def _in_place(key, value, key_token_group, value_token_group, rows, head_dim) -> tuple[bool | None, bool | None]:
+    """Whether keys, and values, are multiplied as codes: True, or None, for which Numba compiles another function."""
+    if rows % 4 or head_dim % 32 or not simd512.available():
+        return None, None
+    key_groups, value_groups = (t[1].flatten(3).shape[3] for t in (key, value))
+    # tokens of a tile share the grids of keys; each has its own of values, for whole vectors
+    keys = key_token_group % _TILE == 0 and key_groups == head_dim
+    values = value_token_group == 1 and head_dim // value_groups % 32 == 0
+    return True if keys else None, True if values else None
 
 
 def _per_head(t: Tensor) -> Tensor:
@@ -73,37 +88,65 @@ def _grid(stream: list[Tensor]) -> list[np.ndarray]:
 
 
 @jit(parallel=True)
-def _attend_in_parallel(query, keys, values, bias, num_key_value_heads, output, lse, threads):
+def _attend_in_parallel(
+    query, keys, values, bias, num_key_value_heads, output, lse, keys_in_place, values_in_place, threads
+):
     tasks = output.shape[0] * output.shape[1]
     for i in prange(threads):
         start, stop = i * tasks // threads, (i + 1) * tasks // threads
-        _attend(query, keys, values, bias, num_key_value_heads, output, lse, start, stop)
+        _attend(
+            query,
+            keys,
+            values,
+            bias,
+            num_key_value_heads,
+            output,
+            lse,
+            keys_in_place,
+            values_in_place,
+            start,
+            stop,
+        )
 
 
 @jit()
-def _attend(query, keys, values, bias, num_key_value_heads, output, lse, start, stop):
+def _attend(query, keys, values, bias, num_key_value_heads, output, lse, keys_in_place, values_in_place, start, stop):
     parts, heads, rows, head_dim = output.shape
     seq_len = keys[1].shape[1]
     tile = np.empty((_TILE, head_dim), np.float32)
     codes = np.empty((_TILE, -(-head_dim // 8) * 8 // keys[1].itemsize), keys[1].dtype)
     weights = np.empty((rows, _TILE), np.float32)
     powers = np.empty(_TILE, np.int32)
+    of_keys, of_values = np.empty((5, head_dim), np.float32), np.empty((6, _TILE), np.float32)
+    at, stride = np.int64(codes.ctypes.data), np.int64(codes.shape[1] * codes.itemsize)
+    tiles = -(-seq_len // _TILE)
     largest, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
     for task in range(start, stop):
         part, head = task // heads, task % heads
         out = output[part, head]
         for r in range(rows):
             largest[r], total[r] = _LOWEST, 0
-        end = (part + 1) * seq_len // parts
-        for first in range(part * seq_len // parts, end, _TILE):
+        end = min((part + 1) * tiles // parts * _TILE, seq_len)
+        for first in range(part * tiles // parts * _TILE, end, _TILE):
             n = min(_TILE, end - first)
-            # first the keys, then the values: one call each, for LLVM would copy it to both places
+            # first the keys, then the values: one call of `_unpack`, for LLVM would copy it to both places
             for values_next in range(2):
-                _decode(values if values_next else keys, head, first, n, codes, tile)
+                stream = values if values_next else keys
+                _unpack(stream[1][head], stream[0], stream[4], first, n, codes)
                 if values_next:
-                    _accumulate(weights, tile, out)
+                    if values_in_place is not None:
+                        scale, minimum = stream[2][head, first : first + n], stream[3][head, first : first + n]
+                        avx512.accumulate(weights, n, at, stride, scale, minimum, out, of_values)
+                    else:
+                        _decode(stream, head, first, n, codes, tile)
+                        _accumulate(weights, tile, out)
                 else:
-                    _multiply(query[head], tile, weights)
+                    if keys_in_place is not None:
+                        scale, minimum = stream[2][head, first // stream[5]], stream[3][head, first // stream[5]]
+                        avx512.multiply(query[head], at, stride, scale, minimum, weights, of_keys)
+                    else:
+                        _decode(stream, head, first, n, codes, tile)
+                        _multiply(query[head], tile, weights)
                     _add(bias, head // num_key_value_heads, head % num_key_value_heads, first, n, weights)
                     _softmax(weights, n, largest, total, out, powers)
         _divide(out, total, largest, lse[part, head])
@@ -130,8 +173,7 @@ def _divide(out, total, largest, lse):
 @jit()
 def _decode(stream, head, first, n, codes, tile):
     """`tile` = minimum + codes * scale of the tokens `first` ... `first + n - 1`."""
-    lanes, packed, scale, minimum, bits, token_group = stream
-    _unpack(packed[head], lanes, bits, first, n, codes)
+    _, _, scale, minimum, _, token_group = stream
     _affine(codes.view(np.uint8), scale[head], minimum[head], token_group, first, n, tile)
     # unused tokens are multiplied, too: by 0
     for t in range(n, _TILE):

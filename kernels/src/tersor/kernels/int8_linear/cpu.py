@@ -1,8 +1,8 @@
 """Products with weights of 8 bits on the CPU.
 
-Up to 12 rows of x (16 with vectors of 512 bits, 32 of int8): one row of weights after the other, while it is in the cache, in vectors. More, or
-without vectors: torch multiplies blocks of decoded weights, in float32 for int8, too. Its products are at most 2^14, so
-that sums of 1024 of them are exact.
+Up to 12 rows of x (16 with vectors of 512 bits, 32 of int8): one row of weights after the other, while it is in the
+cache, in vectors. More, or without vectors: torch multiplies blocks of decoded weights, in float32 for int8, too. Its
+products are at most 2^14, so that sums of 1024 of them are exact.
 """
 
 # pyright: reportCallIssue=false
