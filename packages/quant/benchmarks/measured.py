@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class Subject:
         ids = torch.cat([torch.tensor([start] * (32 + rows)).long(), ids[: (32 + rows) * width].view(-1, width)], 1)
         return cls(name, model, ids[:32], ids[32:])
 
+    @cached_property
+    def log_p(self) -> list[Tensor]:
+        """What the original predicts, (LENGTH - 1, vocabulary) for each row, with which all is compared: 4 GB of Gemma's."""
+        return predictions(self.model, self.text)
+
 
 def measure(
     benchmark: Any,
@@ -55,7 +61,7 @@ def measure(
     model, bits_per_weight = benchmark.pedantic(quantise, (copy.deepcopy(subject.model), subject.calibration), rounds=1)
     row = {"model": subject.name, "widths": widths, "name": name, "bits_per_weight": bits_per_weight}
     row |= {"nbytes": bits_per_weight * weights / 8}
-    benchmark.extra_info |= row | losses(subject.model, model, subject.text)
+    benchmark.extra_info |= row | losses(subject, model)
 
 
 def body(model: Any) -> list[nn.Linear]:
@@ -72,14 +78,20 @@ def bits_per_weight(model: Any) -> float:
 
 
 @torch.no_grad()
-def losses(original: Any, model: Any, text: Tensor) -> dict[str, float]:
+def predictions(model: Any, text: Tensor) -> list[Tensor]:
+    """Logarithms of probabilities: (LENGTH - 1, vocabulary) for each row of `text`."""
+    return [model(row[None]).logits[0, :-1].log_softmax(-1) for row in text]
+
+
+@torch.no_grad()
+def losses(subject: Subject, model: Any) -> dict[str, float]:
     """Perplexity, KL divergence to the original in nats per token, and the share of tokens that another one outdoes."""
     loss = divergence = flips = 0.0
     # row by row: predictions over a vocabulary of 262144 are a quarter of a gigabyte
-    for row in text:
-        log_p, log_q = (each(row[None]).logits[0, :-1].log_softmax(-1) for each in (original, model))
+    for row, log_p in zip(subject.text, subject.log_p):
+        (log_q,) = predictions(model, row[None])
         loss -= float(log_q.gather(-1, row[1:, None]).sum())
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
         flips += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
-    count = text[:, 1:].numel()
+    count = subject.text[:, 1:].numel()
     return {"perplexity": math.exp(loss / count), "divergence": divergence / count, "flips": flips / count}

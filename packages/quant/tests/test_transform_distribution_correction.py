@@ -128,7 +128,9 @@ def test_rates_of_zero_leave_smoothquant(make_model, ids):
     )
     for name, layer in smoothed.named_modules():
         if isinstance(layer, QuantizedLinear):
-            torch.testing.assert_close(corrected.get_submodule(name).dequantize(), layer.dequantize())
+            # scales are stored in float16, whose last bit sums in another order may turn
+            expected = layer.dequantize()
+            torch.testing.assert_close(corrected.get_submodule(name).dequantize(), expected, rtol=2**-10, atol=1e-5)
 
 
 def test_only_the_blocks_at_both_ends_have_a_rank_one_change(make_model, ids):

@@ -76,7 +76,7 @@ def test_ranges_are_worth_learning_and_gptq_makes_up_for_what_they_clip(tiny_lm,
         )
     )
     assert ranged < 0.9 * rounded
-    assert both < 0.5 * rounded
+    assert both < 0.6 * rounded
     assert both < 1.05 * solved
 
 

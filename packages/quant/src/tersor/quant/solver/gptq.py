@@ -99,6 +99,9 @@ class GPTQ:
         width = weight.shape[1] // grid.groups(weight.shape[1])
         groups, diagonal = (order // width).tolist(), U.diagonal().tolist()
         of_group = [of_groups(params, slice(group, group + 1)) for group in range(weight.shape[1] // width)]  # views
+        if self.order == "act":
+            # they stay: converted once, not for each column
+            of_group = [type(params)(*(p.float() if p.is_floating_point() else p for p in mine)) for mine in of_group]
         W = weight.T[order]  # (in, out): its rows are the columns of the formula
         codes = torch.empty_like(W, dtype=torch.uint8)
         for start in range(0, len(W), self.block_size):

@@ -7,6 +7,7 @@ from tersor.quant.tuning.deviation_aware import DeviationAware
 from tersor.quant.tuning.learned_step import LearnedClip, LearnedStep
 from tersor.quant.tuning.protocol import BlockTuning, ModelTuning
 from tersor.quant.tuning.pv import PV
+from tersor.quant.tuning.restorative import RestorativePreprocess
 from tersor.quant.tuning.straight_through import StraightThrough
 from tersor.quant.tuning.trainable import TrainableLinear, trainable
 
@@ -20,6 +21,7 @@ __all__ = [
     "LearnedClip",
     "LearnedStep",
     "ModelTuning",
+    "RestorativePreprocess",
     "StraightThrough",
     "TrainableLinear",
     "trainable",
