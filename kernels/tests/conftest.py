@@ -30,8 +30,8 @@ def vectors(request, monkeypatch):
     simd512 = pytest.importorskip("tersor.kernels.simd512", reason="numba is not installed")
     if request.param == 256:
         monkeypatch.setattr(simd512, "_sound", lambda *features: False)
-    elif not simd512.available("bf16", "vnni"):
-        pytest.skip("this processor has no AVX-512 with products of bytes and bfloat16")
+    elif not simd512.available("bf16", "vnni", "vbmi2"):
+        pytest.skip("this processor has no AVX-512 with products of bytes and bfloat16, and places for bytes")
     return request.param
 
 

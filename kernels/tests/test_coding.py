@@ -117,6 +117,13 @@ def test_long_enough_for_every_path(coder, generator):
     assert torch.equal(s, before)
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_tiers_in_vectors_of_both_lengths(vectors, generator, guarded, distribution):
+    for n in (1, 64, 129, 9000):
+        s = symbols(distribution, n, generator)
+        assert torch.equal(tiered_decode(*map(guarded, encoded(tiered_encode, s)), n), s)
+
+
 def test_shapes_and_strides(body, coder, generator):
     encode, decode = coder
     skip_absent(body, decode)

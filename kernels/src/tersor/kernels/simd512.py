@@ -24,7 +24,7 @@ from tersor.kernels.simd import Vector, _address, _call, _emit, _i8, _i16, _i32,
 _log = logging.getLogger("tersor.kernels")
 
 i32x16, f32x16 = Vector("i32", 16), Vector("f32", 16)
-_i16x32 = ir.VectorType(_i16, 32)
+_i8x64, _i16x32 = ir.VectorType(_i8, 64), ir.VectorType(_i16, 32)
 
 
 @intrinsic
@@ -231,6 +231,21 @@ def total(typing, vector):
 
 
 @intrinsic
+def expand_nibbles(typing, source, places, target):
+    """Write 64 bytes to `target`: the nibbles at `source`, of which 32 bytes are read, at the set bits of `places`; else 0."""
+
+    def instructions(builder, source, places, target):
+        pairs = builder.zext(_load(builder, source, ir.VectorType(_i8, 32)), _i16x32)
+        apart = builder.or_(pairs, builder.shl(pairs, _i16x32([4] * 32)))
+        nibbles = builder.bitcast(builder.and_(apart, _i16x32([0x0F0F] * 32)), _i8x64)
+        places = builder.bitcast(places, ir.VectorType(ir.IntType(1), 64))
+        name, nothing = "llvm.x86.avx512.mask.expand.v64i8", ir.Constant(_i8x64, [0] * 64)
+        _set(builder, target, _call(builder, name, _i8x64, nibbles, nothing, places))
+
+    return _emit(types.void(types.uint64, types.uint64, types.uint64), instructions)
+
+
+@intrinsic
 def totals(typing, vectors):
     """The sums of the elements of each of 16 vectors."""
 
@@ -248,7 +263,7 @@ def totals(typing, vectors):
 
 
 def available(*features: str) -> bool:
-    """Whether this processor has AVX-512 and `features` ("bf16", "vnni"), and they do what they should."""
+    """Whether this processor has AVX-512 and `features` ("bf16", "vnni", "vbmi2"), and they do what they should."""
     return simd.available() and _sound(*features)
 
 
@@ -287,7 +302,16 @@ def _test_bytes() -> bool:
     return _try_bytes(codes.ctypes.data) == (codes.astype(int) @ codes.view(np.int8).astype(int))
 
 
-_TESTS = {"f": _test_lookup, "bf16": _test_bf16, "vnni": _test_bytes}
+def _test_expand() -> bool:
+    nibbles, found = np.arange(32, dtype=np.uint8) * np.uint8(37), np.empty(64, np.uint8)
+    places, expected = 0x8000F1E5_00C30001, np.zeros(64, np.uint8)
+    lanes = [lane for lane in range(64) if places >> lane & 1]
+    expected[lanes] = np.stack([nibbles & 15, nibbles >> 4], 1).flatten()[: len(lanes)]
+    _try_expand(np.uint64(nibbles.ctypes.data), np.uint64(places), np.uint64(found.ctypes.data))
+    return np.array_equal(found, expected)
+
+
+_TESTS = {"f": _test_lookup, "bf16": _test_bf16, "vnni": _test_bytes, "vbmi2": _test_expand}
 
 
 @jit()
@@ -305,3 +329,8 @@ def _try_bf16(table, codes):
 @jit()
 def _try_bytes(codes):
     return total(to_f32(dot_bytes(zero_i32(), load(codes), load(codes))))
+
+
+@jit()
+def _try_expand(nibbles, places, found):
+    expand_nibbles(nibbles, places, found)

@@ -17,7 +17,7 @@ from tersor.kernels.coding.cpu import aligned, as_float, end_copy
 from tersor.kernels.cpu import REORDER, array, jit, num_threads
 from tersor.kernels.dispatch import Declined
 from tersor.kernels.tiered import ANOTHER_NIBBLES, open_table
-from tersor.kernels.tiered.cpu import decode_groups, nibble_bytes_of
+from tersor.kernels.tiered.cpu import decode_groups, expands, nibble_bytes_of
 
 _u8, _u32, _f32 = np.uint8, np.uint32, np.float32
 
@@ -49,6 +49,7 @@ def compressed_linear(
             array(offsets.contiguous()),
             _u8(base),
             _u8(base2),
+            expands(),
         )
         threads = num_threads(2 * out * n)
         if len(rows) <= _MAX_ROWS and (len(rows) == 1 or rows.numel() <= _MAX_ELEMENTS):
@@ -77,7 +78,7 @@ def _rows(weight, x, y, decoded, first, start, stop):
 
     False if `side` holds less than the rows need.
     """
-    sign_mantissa, planes, nibbles, nibbles_end, raw, offsets, base, base2 = weight
+    sign_mantissa, planes, nibbles, nibbles_end, raw, offsets, base, base2, expand = weight
     n = sign_mantissa.shape[1]
     words = np.empty(4 * planes.shape[1], np.uint64)
     exponent = words.view(np.uint8)[:n]
@@ -88,7 +89,7 @@ def _rows(weight, x, y, decoded, first, start, stop):
         if nibble_start < 0 or nibble_start > last or raw_start < 0:
             return False
         stream = nibbles, nibbles_end
-        if decode_groups(planes[row], stream, raw, base, base2, words, nibble_start, raw_start) < 0:
+        if decode_groups(planes[row], stream, raw, base, base2, words, nibble_start, raw_start, expand) < 0:
             return False
         if len(x) == 1:
             y[0, row] = _dot_weights(exponent, sign_mantissa[row], x[0])

@@ -1,4 +1,4 @@
-"""T24 on the CPU: escaped symbols 8 at a time, in the bytes of a word, the rest 64 at a time."""
+"""T24 on the CPU: symbols 64 at a time; escaped ones 8 at a time, in the bytes of a word, where AVX-512 does not expand."""
 
 # pyright: reportCallIssue=false
 # (an intrinsic is called without its first argument)
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.kernels import simd512
 from tersor.kernels.coding import nothing, padded, require
 from tersor.kernels.coding.cpu import (
     SPREAD,
@@ -53,9 +54,15 @@ def tiered_decode(table: Tensor, stream: Tensor, side: Tensor, n: int) -> Tensor
     require("tiered_decode", nibble_bytes_of(planes) == nibble_bytes.numel(), ANOTHER_NIBBLES)
     words = array(symbols).view(np.uint64)
     nibbles = array(nibble_bytes.contiguous()), end_copy(nibble_bytes)
-    end = decode_groups(planes, nibbles, array(raw_bytes.contiguous()), _u8(base), _u8(base2), words, 0, 0)
+    raw = array(raw_bytes.contiguous())
+    end = decode_groups(planes, nibbles, raw, _u8(base), _u8(base2), words, 0, 0, expands())
     require("tiered_decode", end == raw_bytes.numel(), ANOTHER_RAW)
     return symbols[:n]
+
+
+def expands() -> bool | None:
+    """Whether nibbles go to their places 64 at a time, for `decode_groups`: True, or None, for another function of Numba's."""
+    return True if simd512.available("vbmi2") else None
 
 
 @jit(nogil=True)
@@ -93,7 +100,7 @@ def nibble_bytes_of(planes):
 
 
 @jit(nogil=True)
-def decode_groups(planes, nibbles, raw, base, base2, symbols, nibble_start, raw_start):
+def decode_groups(planes, nibbles, raw, base, base2, symbols, nibble_start, raw_start, expand):
     """The symbols (words of 8) of the groups in `planes`, whose escapes start at these bytes of `nibbles` and `raw`.
 
     Returns where the next group's raw bytes start, or -1 if there are fewer than needed. `nibbles` must suffice.
@@ -101,7 +108,7 @@ def decode_groups(planes, nibbles, raw, base, base2, symbols, nibble_start, raw_
     nibble_start, raw_start = u64(nibble_start), u64(raw_start)
     for start in range(u64(0), u64(symbols.size), _CHUNK):
         stop = min(start + _CHUNK, u64(symbols.size))
-        nibble_start = _spread_nibbles(planes, nibbles, symbols, start, stop, nibble_start)
+        nibble_start = _spread_nibbles(planes, nibbles, symbols, start, stop, nibble_start, expand)
         for group in range(start, stop, u64(8)):
             low, high = planes[group >> u64(2)], planes[(group >> u64(2)) + u64(1)]
             deep = merge_tiers(u64(symbols.ctypes.data) + group * u64(8), low, high, base, base2)
@@ -117,7 +124,7 @@ def decode_groups(planes, nibbles, raw, base, base2, symbols, nibble_start, raw_
 
 
 @jit(nogil=True)
-def _spread_nibbles(planes, nibbles, symbols, start, stop, nibble_start):
+def _spread_nibbles(planes, nibbles, symbols, start, stop, nibble_start, expand):
     """Nibbles in the places of the symbols that they stand for, zeros elsewhere."""
     stream, end = nibbles
     for group in range(start, stop, u64(8)):
@@ -126,11 +133,15 @@ def _spread_nibbles(planes, nibbles, symbols, start, stop, nibble_start):
         if nibble_start + u64(40) > u64(stream.size):  # the group's loads reach this far
             address = u64(end.ctypes.data) + u64(64) - (u64(stream.size) - nibble_start)
         at = u64(0)  # in nibbles
-        for word in range(group, group + u64(8)):
-            lanes = SPREAD[escaped & u64(255)]
-            four_or_none = (at & u64(1)) * u64(4)
-            symbols[word] = spread_nibbles(load(address + (at >> u64(1))) >> four_or_none, lanes)
-            at += popcount(lanes)
-            escaped >>= u64(8)
+        if expand is not None:
+            simd512.expand_nibbles(address, escaped, u64(symbols.ctypes.data) + group * u64(8))
+            at = popcount(escaped)
+        else:
+            for word in range(group, group + u64(8)):
+                lanes = SPREAD[escaped & u64(255)]
+                four_or_none = (at & u64(1)) * u64(4)
+                symbols[word] = spread_nibbles(load(address + (at >> u64(1))) >> four_or_none, lanes)
+                at += popcount(lanes)
+                escaped >>= u64(8)
         nibble_start += (at + u64(1)) >> u64(1)
     return nibble_start
