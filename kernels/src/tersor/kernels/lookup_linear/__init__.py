@@ -87,7 +87,8 @@ def lookup_linear(
 
     Any codebook of scalars: integers, NF4 (arXiv:2305.14314), e2m1 of MXFP4 and NVFP4, FP8, k-means, ternary. Sums are kept
     in float32 (float64 for float64) and rounded once to x's dtype. The reference and the CPU body also keep W in
-    float32; the GPU body rounds W to x's dtype before it multiplies.
+    float32, but for x in bfloat16 a CPU with products of bfloat16 rounds the codebook to it; the GPU body rounds W to x's
+    dtype before it multiplies.
 
     The gradient is with respect to `x` only, through all of W in float32; asking for that of `codebook`, `scale` or
     `zero_point` raises in the backward pass.

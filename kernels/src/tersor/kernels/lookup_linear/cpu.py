@@ -1,6 +1,6 @@
 """Products with packed weights on the CPU: 32 codes at a time become weights in registers, by tables.
 
-(Codes of more than 4 bits: see `wide`.)
+(Codes of more than 4 bits: see `wide`. With AVX-512 and groups of 64 and more: see `avx512`.)
 
 The machine's tables have 16 entries of one byte, so a codebook of float32 makes four of them: 32 codes take four
 look-ups and eight interleaves; two of the look-ups are left out where the lower bytes are zero everywhere (small
@@ -54,8 +54,8 @@ def lookup_linear(
     dtype, shape = x.dtype, x.shape
     y = torch.empty(*shape[:-1], out)
     of_512_bits = bits <= 4 and x.numel() <= _MAX_ROWS * n and _run(n, bits, group_size) % 64 == 0
-    if of_512_bits and simd512.available("bf16"):
-        x = x if dtype in (torch.float32, torch.bfloat16) else x.float()
+    if of_512_bits and simd512.available():
+        x = x if dtype == torch.bfloat16 and simd512.available("bf16") else x.float()
         avx512.multiply(x, packed, codebook, scale, zero_point, bits, group_size, _run(n, bits, group_size), y)
         return y if dtype == torch.float32 else y.to(dtype)
     if dtype != torch.float32:
