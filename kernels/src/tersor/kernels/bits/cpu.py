@@ -51,11 +51,15 @@ def pack_row(codes, packed, bits, lanes):
     while shift < bits:
         width = _width(bits - shift)
         length, mask, down = width * c, lanes * np.uint64((1 << width) - 1), np.uint64(shift)
-        for j in range(length):
-            word = np.uint64(0)
-            for i in range(8 // width):
-                word |= (codes[i * length + j] >> down & mask) << np.uint64(i * width)
-            packed[shift * c + j] = word
+        # field by field, so that the inner loop is vector code
+        for i in range(8 // width):
+            up = np.uint64(i * width)
+            if i == 0:
+                for j in range(length):
+                    packed[shift * c + j] = codes[j] >> down & mask
+            else:
+                for j in range(length):
+                    packed[shift * c + j] |= (codes[i * length + j] >> down & mask) << up
         shift += width
 
 
