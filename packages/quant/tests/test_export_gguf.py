@@ -197,6 +197,29 @@ def test_byte_level_tokenizers_go_with_the_model(tiny_lm, tiny_lm_tokenizer, hel
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [recipes.rtn(3, 64), recipes.rtn(8, 32, symmetric=True), Recipe(MXFP4Grid())],
+    ids=["3 bits", "8 bits", "MXFP4"],
+)
+def test_llama_cpp_reads_the_text_and_predicts_the_same(recipe, tiny_lm, tiny_lm_tokenizer, held_out_text, tmp_path):
+    """With `pip install llama-cpp-python`, which compiles for minutes. It rounds what goes into a linear to 8 bits."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    text = held_out_text[:800]
+    ids = tiny_lm_tokenizer(text, return_tensors="pt").input_ids
+    model = quantize(tiny_lm, recipe)
+    export(model, tmp_path / "model.gguf", "gguf", tokenizer=tiny_lm_tokenizer)
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=512, n_threads=1, logits_all=True, verbose=False)
+    assert llama.tokenize(text.encode(), add_bos=False) == ids[0].tolist()
+    llama.eval(ids[0].tolist())
+    theirs = torch.tensor(llama.scores[: ids.shape[1]]).log_softmax(-1)
+    llama.close()
+    with torch.no_grad():
+        ours = model(ids).logits[0].log_softmax(-1)
+    # nats per token; rounding weights to 3 bits makes .08, to MXFP4 .04
+    assert float((ours.exp() * (ours - theirs)).sum(-1).mean()) < 2e-3
+
+
 def test_tokenizers_that_fall_back_on_bytes_go_with_the_model(make_model, held_out_text, tmp_path):
     from tokenizers.trainers import BpeTrainer
     from transformers import LlamaTokenizer
