@@ -1,10 +1,10 @@
 """Ours beside other libraries: the same model, calibration text, bits and groups, measured on the same text.
 
-    pytest packages/quant/benchmarks/bench_peers.py --benchmark-only --benchmark-json=peers.json -m slow
+    pytest packages/quant/benchmarks/bench_peers.py --benchmark-only --benchmark-json=peers.json -m "slow and not real"
     python packages/quant/benchmarks/table.py peers.json
 
 A library that cannot be imported is skipped by name. Times are CPU seconds of one thread, the reading of the model by those
-that read it themselves included.
+that read it themselves included. Of Gemma-3-270M (`-m real`), AutoRound and what is learnt take hours.
 """
 
 import copy
@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import time
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -26,16 +27,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.benchmark(timer=time.process_time), 
 
 # files in peers/
 PEERS = ["autoround", "llm_compressor", "gptqmodel", "hqq", "bitsandbytes", "quanto", "torchao"]
-GRIDS = [(4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64)]
+GRIDS = {
+    "tiny-lm": [(4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64)],
+    "gemma-3-270m": [(4, 64), (3, 64), (2, 64)],
+}
 # ranges and roundings for the layer's outputs, groups in the order of their inputs
 CLIPPED = CoordinateDescent(GPTQ(order="group", clip=ClipSearch("diagonal", smallest=0.4, steps=24)))
 # scales and norms alone, by what the whole model predicts: codes too would learn 8192 tokens by heart
 SCALES = PV(40, rate=2e-3, max_code_change=0.0)
 
 
+def clipped(bits: int, group_size: int) -> Recipe:
+    return Recipe(IntGrid(bits, group_size), CLIPPED)
+
+
 def rotated(bits: int, group_size: int) -> Recipe:
-    rotations = recipes.quarot(activation_bits=None).transforms
-    return Recipe(IntGrid(bits, group_size), CLIPPED, transforms=rotations)
+    return replace(clipped(bits, group_size), transforms=recipes.quarot(activation_bits=None).transforms)
 
 
 def learnt(bits: int, group_size: int) -> Recipe:
@@ -46,18 +53,30 @@ OURS = {
     "rtn": recipes.rtn,
     "hqq": recipes.hqq,
     "gptq": recipes.gptq,
+    "clipped": clipped,
     "rotated": rotated,
     "rotated, learnt": learnt,
 }
+
+
+# norms after attention and MLP keep Gemma from being rotated
+UNROTATED = [name for name in OURS if "rotated" not in name]
+
+
+def cases(tiny: list[str], gemma: list[str]):
+    """Name, model, bits, group_size."""
+    for model, names in (("tiny-lm", tiny), ("gemma-3-270m", gemma)):
+        marks = [pytest.mark.real] if model == "gemma-3-270m" else []
+        for name, (bits, group_size) in product(names, GRIDS[model]):
+            yield pytest.param(name, model, bits, group_size, marks=marks, id=f"{model}-{bits}-{group_size}-{name}")
 
 
 def widths(bits: int, group_size: int) -> str:
     return f"W{bits}, groups of {group_size}"
 
 
-@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
-@pytest.mark.parametrize("name", PEERS)
-def test_peer(name, bits, group_size, benchmark, subject):
+@pytest.mark.parametrize(("name", "model", "bits", "group_size"), list(cases(PEERS, PEERS)))
+def test_peer(name, model, bits, group_size, benchmark, subject):
     try:
         peer = importlib.import_module(f"{__package__}.peers.{name}")
     except ImportError as error:
@@ -72,16 +91,15 @@ def test_peer(name, bits, group_size, benchmark, subject):
 
     version = importlib.metadata.version(peer.DISTRIBUTION)
     try:
-        measure(benchmark, subject("tiny-lm"), widths(bits, group_size), f"{name} {version}", quantise)
+        measure(benchmark, subject(model), widths(bits, group_size), f"{name} {version}", quantise)
     except NotImplementedError as error:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
-@pytest.mark.parametrize("name", OURS)
-def test_ours(name, bits, group_size, benchmark, subject):
+@pytest.mark.parametrize(("name", "model", "bits", "group_size"), list(cases(list(OURS), UNROTATED)))
+def test_ours(name, model, bits, group_size, benchmark, subject):
     def quantise(model, calibration):
         model = quantize(model, OURS[name](bits, group_size), calibration)
         return model, bits_per_weight(model)
 
-    measure(benchmark, subject("tiny-lm"), widths(bits, group_size), f"ours: {name}", quantise)
+    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", quantise)
