@@ -85,6 +85,7 @@ def test_the_same_command_again_returns_what_is_there(quantised, tersor, monkeyp
         (["--recipe", "rtn", "--bits", "9"], "bits must be 1 to 8, got 9"),
         (["--calibration", "nowhere.txt"], "text file nowhere.txt does not exist"),
         (["--keep", "p_roj", "--recipe", "rtn"], "keep names 'p_roj'"),
+        (["--recipe", "awq", "--pad"], "ActScale would round weights before they are padded"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tersor, tmp_path, arguments, message):
@@ -92,6 +93,17 @@ def test_mistakes_are_one_line_and_leave_nothing(tersor, tmp_path, arguments, me
     assert done.returncode == 2
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_that_divide_nothing_are_padded_on_demand(tersor):
+    """256 and 768 inputs in groups of 96."""
+    command = ["quantize", "tiny-lm", "--recipe", "rtn", "--group-size", "96", "--dry-run", "--json"]
+    refused = tersor(*command)
+    assert refused.returncode == 2
+    assert "add 32 columns of zeros" in refused.stderr
+    done = tersor(*command, "--pad")
+    assert done.returncode == 0, done.stderr
+    assert 4.2 < json.loads(done.stdout)["bits_per_weight"] < 4.8
 
 
 def test_an_export_holds_the_weights_of_the_model(quantised, tersor, tmp_path):

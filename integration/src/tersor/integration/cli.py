@@ -89,6 +89,7 @@ def quantize(
     group_size: int | None = None,
     set: Annotated[dict[str, str] | None, Parameter(negative=())] = None,
     keep: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    pad: Annotated[bool, Parameter(negative=())] = False,
     calibration: str | None = None,
     text: str | None = None,
     calibration_tokens: int = 16384,
@@ -115,6 +116,8 @@ def quantize(
         Another setting of the recipe, as in a plan: --set.order none --set.damp 0.1
     keep
         A linear that stays as it is, by the end of its name; may be given again.
+    pad
+        Add zeros to inputs that the groups do not divide.
     calibration
         Text file, or data set (prose, source-code), for calibration.
     text
@@ -137,7 +140,7 @@ def quantize(
     chosen: dict[str, Any] = {"recipe": recipe, **{key: _value(value) for key, value in (set or {}).items()}}
     chosen |= {} if bits is None else {"bits": bits}
     chosen |= {} if group_size is None else {"group_size": group_size or None}
-    options = command.Options(calibration, text, calibration_tokens, eval_tokens, seq_len, keep)
+    options = command.Options(calibration, text, calibration_tokens, eval_tokens, seq_len, keep, pad)
     if dry_run:
         estimated = command.dry_run(model, chosen, options)
         print_json(estimated) if json else _print_estimate(estimated)

@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Options:
         text: text file or data set for the comparison; None is the held-out text that ships with tersor.
         seq_len: tokens per window of both.
         keep: linears that stay as they are, as `tersor.quant.quantize` takes them.
+        pad: add zeros to inputs that groups do not divide, as `tersor.quant.Recipe` takes it.
     """
 
     calibration: str | None = None
@@ -43,6 +44,7 @@ class Options:
     eval_tokens: int = 8192
     seq_len: int = 512
     keep: tuple[str, ...] = ()
+    pad: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"calibration_tokens": 1, "eval_tokens": 2, "seq_len": 2}.items():
@@ -66,7 +68,7 @@ def quantize(
     Raises:
         UserError: whatever the user can mend; nothing was changed then.
     """
-    Plan.load({"quant": settings})
+    _recipe(settings, options)
     source = models.locate(model)
     job = {"model": model, "recipe": dict(settings), "options": _plain(options), "source": fingerprint(source)}
     if report := done_before(out, job, overwrite):
@@ -100,7 +102,7 @@ def dry_run(model: str, settings: Mapping[str, Any], options: Options) -> dict[s
 
     from tersor.quant.estimate import estimate
 
-    recipe, source = Plan.load({"quant": settings}).recipes["quant"], models.locate(model)
+    recipe, source = _recipe(settings, options), models.locate(model)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(source), dtype=models.checkpoint_dtype(source)
@@ -123,6 +125,14 @@ def compare(source: Path, result: Path, options: Options, progress: Progress) ->
     }
 
 
+def _recipe(settings: Mapping[str, Any], options: Options) -> Any:
+    recipe = Plan.load({"quant": settings}).recipes["quant"]
+    try:
+        return replace(recipe, pad=options.pad)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _shrink(source: Path, settings: Mapping[str, Any], folder: Path, options: Options, progress: Progress) -> None:
     measured = run_apart(write, source, settings, folder, options, progress=progress)
     (folder / "quantised.json").write_text(json.dumps(measured))
@@ -135,7 +145,7 @@ def write(
     from tersor.integration import evaluation
     from tersor.quant import quantize
 
-    recipe = Plan.load({"quant": settings}).recipes["quant"]
+    recipe = _recipe(settings, options)
     model, tokenizer = models.load(source), models.load_tokenizer(source)
     rows = None
     if recipe.needs_data:

@@ -85,7 +85,9 @@ def _seconds(
 ) -> float | None:
     if recipe.transforms or recipe.tuning or recipe.allocation:
         return None
-    kinds = Counter((linear.out_features, linear.in_features, schemes[n].grid) for n, linear in found.items())
+    kinds = Counter(
+        (linear.out_features, linear.in_features + schemes[n].padding, schemes[n].grid) for n, linear in found.items()
+    )
     return sum(count * _one_layer(*kind, recipe, num_tokens) for kind, count in kinds.items())
 
 

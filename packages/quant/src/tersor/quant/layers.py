@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tersor.quant.activation import CalibratedActivation
 from tersor.quant.calibration import (
@@ -90,7 +91,10 @@ def _solve_as_one(
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     """The same for linears with one scheme: solved as one tall weight, as solvers treat rows one by one."""
     grid, transform, hessian = scheme.grid, scheme.transform, moments.mean if moments else None
-    weight = torch.cat([linear.weight for linear in layers.values()]).float()
+    padding = scheme.padding
+    weight = F.pad(torch.cat([linear.weight for linear in layers.values()]).float(), (0, padding))
+    if hessian is not None and padding:
+        hessian = F.pad(hessian, (0, padding, 0, padding))
     try:
         turned: dict[str, Tensor] = {}
         if transform:
@@ -105,7 +109,7 @@ def _solve_as_one(
     sizes = [linear.out_features for linear in layers.values()]
     weights = weight.split(sizes)
     if moments and isinstance(scheme.activation, CalibratedActivation):
-        scheme = replace(scheme, activation=scheme.activation.fit(moments.maxima))
+        scheme = replace(scheme, activation=scheme.activation.fit(F.pad(moments.maxima, (0, padding))))
     targets = left[0].split(sizes) if left else [None] * len(sizes)
     # what is not of rows is of one layer only
     parts = zip(*(tensor.split(sizes) for tensor in (codes, *params))) if len(sizes) > 1 else [(codes, *params)]
@@ -115,7 +119,7 @@ def _solve_as_one(
         form = scheme
         if scheme.compensation:
             fitted, added = scheme.compensation.fit(original - decoded if target is None else target, hessian)
-            decoded = decoded + fitted.decode(added, (linear.out_features, linear.in_features))
+            decoded = decoded + fitted.decode(added, (linear.out_features, linear.in_features + padding))
             form = replace(scheme, compensation=fitted)
         # checkpoints have no place for tensors that are shared
         own_turned = {key: tensor.clone() for key, tensor in turned.items()}

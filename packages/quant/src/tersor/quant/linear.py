@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tersor.quant.grid import Buffer, Grid
 from tersor.quant.grid.decoded import Decoded
@@ -41,7 +42,7 @@ class QuantizedLinear(nn.Module):
         self._decoded = False
         # relative squared error of the outputs on the calibration data; known only in the process that quantised
         self.relative_error: float | None = None
-        # what the grid's codes stand for, (out, in), float32; known only while a recipe with tunings quantises
+        # what the grid's codes stand for, (out, in + padding), float32; known only while a recipe with tunings quantises
         self.original: Tensor | None = None
 
     @classmethod
@@ -83,17 +84,23 @@ class QuantizedLinear(nn.Module):
 
     def layout(self) -> dict[str, Buffer]:
         """Shape and dtype of each buffer."""
-        scheme, layout = self.scheme, dict(self.scheme.grid.layout(self.out_features, self.in_features))
+        scheme, shape = self.scheme, self.stored_shape
+        layout = dict(scheme.grid.layout(*shape))
         if scheme.transform:
-            layout |= _prefixed("transform_", scheme.transform.layout(self.in_features))
+            layout |= _prefixed("transform_", scheme.transform.layout(shape[1]))
         if scheme.compensation:
-            layout |= _prefixed("compensation_", scheme.compensation.layout(self.out_features, self.in_features))
+            layout |= _prefixed("compensation_", scheme.compensation.layout(*shape))
         return layout
 
     @property
     def weight_shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.out_features, self.in_features
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """(out, in + padding): that of the grid's codes."""
+        return self.out_features, self.in_features + self.scheme.padding
 
     @property
     def nbytes(self) -> int:
@@ -103,16 +110,24 @@ class QuantizedLinear(nn.Module):
     def stored(self, axis: str = "grid") -> dict[str, Tensor]:
         """The buffers of one piece, as it laid them out."""
         if axis == "grid":
-            return {name: getattr(self, name) for name in self.scheme.grid.layout(self.out_features, self.in_features)}
+            return {name: getattr(self, name) for name in self.scheme.grid.layout(*self.stored_shape)}
         return {name.removeprefix(f"{axis}_"): b for name, b in self.named_buffers() if name.startswith(f"{axis}_")}
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) that is stored, float32: what multiplies x before anything rounds it."""
         scheme = self.scheme
-        weight = scheme.grid.decode(*scheme.grid.unpack(self.stored(), self.weight_shape))
+        weight = scheme.grid.decode(*scheme.grid.unpack(self.stored(), self.stored_shape))
         if scheme.compensation:
-            weight = weight + scheme.compensation.decode(self.stored("compensation"), self.weight_shape)
-        return scheme.transform.undo(weight, self.stored("transform")) if scheme.transform else weight
+            weight = weight + scheme.compensation.decode(self.stored("compensation"), self.stored_shape)
+        if scheme.transform:
+            weight = scheme.transform.undo(weight, self.stored("transform"))
+        return weight[:, : self.in_features] if scheme.padding else weight
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """x T (..., in + padding): what is multiplied, before anything rounds it."""
+        transform = self.scheme.transform
+        x = F.pad(x, (0, self.scheme.padding)) if self.scheme.padding else x
+        return transform.apply(x, self.stored("transform")) if transform else x
 
     def forward(self, x: Tensor) -> Tensor:
         scheme = self.scheme
@@ -122,10 +137,10 @@ class QuantizedLinear(nn.Module):
             # a tensor made in inference mode could not serve a later call that needs gradients
             with torch.inference_mode(False):
                 if scheme.activation:
-                    self._prepared = scheme.activation.prepare(grid, self.stored(), self.weight_shape)
+                    self._prepared = scheme.activation.prepare(grid, self.stored(), self.stored_shape)
                 else:
-                    self._prepared = grid.prepare(self.stored(), self.weight_shape)
-        h = scheme.transform.apply(x, self.stored("transform")) if scheme.transform else x
+                    self._prepared = grid.prepare(self.stored(), self.stored_shape)
+        h = self.transformed(x)
         if scheme.activation:
             y = scheme.activation.linear(h, grid, *self._prepared)
         else:
@@ -145,6 +160,7 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         pieces = {"grid": self.scheme.grid, "transform": self.scheme.transform, "activation": self.scheme.activation}
         pieces["compensation"] = self.scheme.compensation
+        pieces["padding"] = self.scheme.padding or None
         said = "".join(f", {axis}={piece}" for axis, piece in pieces.items() if piece is not None)
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{said}"

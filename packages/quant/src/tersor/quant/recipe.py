@@ -46,6 +46,8 @@ class Recipe:
         compensation: what is stored beside each weight to make up for its error; None: nothing.
         tuning: what is learnt by gradients once a block, or the model, is quantised, in this order.
         allocation: finds a grid for each layer, so that all cost together what `grid` would; None: all have `grid`.
+        pad: where groups (or blocks, or the transform) do not divide a layer's inputs, the fewest zeros are added to
+            them, and as many columns of zeros are stored, that make it suit. Otherwise such a layer is an error.
     """
 
     grid: Grid
@@ -55,6 +57,7 @@ class Recipe:
     compensation: Compensation | None = None
     tuning: tuple[BlockTuning | ModelTuning, ...] = ()
     allocation: "MixedGrids | None" = None
+    pad: bool = False
 
     def __post_init__(self) -> None:
         first = self.solver
@@ -72,6 +75,11 @@ class Recipe:
             raise TypeError(
                 f"ranges are learnt for evenly spaced levels, which {self.grid} does not have: use an IntGrid"
             )
+
+        rounding = BlockTransform | TaughtTransform | RangeTransform | SearchedTransform
+        if self.pad and any(isinstance(t, rounding) for t in self.transforms):
+            names = ", ".join(type(t).__name__ for t in self.transforms if isinstance(t, rounding))
+            raise ValueError(f"{names} would round weights before they are padded: use a group size that divides")
 
     @property
     def scheme(self) -> Scheme:

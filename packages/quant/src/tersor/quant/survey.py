@@ -26,20 +26,21 @@ def planned(
     """
     name, blocks = _stack(model, keep)
     found = [_kept_apart(linears(block, f"{name}.{index}"), keep) for index, block in enumerate(blocks)]
-    schemes = schemes_of(recipe, allocation, [layer for layers in found for layer in layers])
+    schemes = schemes_of(recipe, allocation, {name: linear for layers in found for name, linear in layers.items()})
     _check(model, name, blocks, found, schemes, keep)
     return blocks, found, schemes
 
 
-def schemes_of(recipe: Recipe, allocation: Mapping[str, Grid], names: Sequence[str]) -> dict[str, Scheme]:
-    if unknown := [name for name in allocation if name not in names]:
+def schemes_of(recipe: Recipe, allocation: Mapping[str, Grid], layers: Mapping[str, nn.Linear]) -> dict[str, Scheme]:
+    if unknown := [name for name in allocation if name not in layers]:
         raise ValueError(f"allocation names {unknown[0]!r}, which is no linear to be quantised")
     scheme, schemes = recipe.scheme, {}
-    for name in names:
+    for name, linear in layers.items():
         transform = scheme.transform
         if transform and transform.layers and not matches(name, transform.layers):
             transform = None
-        schemes[name] = replace(scheme, grid=allocation.get(name, recipe.grid), transform=transform)
+        one = replace(scheme, grid=allocation.get(name, recipe.grid), transform=transform)
+        schemes[name] = one.padded(linear.out_features, linear.in_features) if recipe.pad else one
     return schemes
 
 
@@ -137,10 +138,13 @@ def _check(
     for layers in found:
         for full_name, linear in layers.items():
             way_out = f"skip the layer with keep=[{full_name!r}]"
+            scheme, shape = schemes[full_name], (linear.out_features, linear.in_features)
             try:
-                schemes[full_name].check(linear.out_features, linear.in_features)
+                scheme.check(*shape)
             except ValueError as error:
-                raise ValueError(f"{full_name}: {error}; or {way_out}") from error
+                zeros = scheme.padded(*shape).padding
+                offer = f"or add {zeros} columns of zeros with pad=True in the recipe; " if zeros else ""
+                raise ValueError(f"{full_name}: {error}; {offer}or {way_out}") from error
             if not linear.weight.is_meta and not linear.weight.isfinite().all():
                 raise ValueError(f"{full_name}: the weight holds NaN or infinity; mend the checkpoint, or {way_out}")
             if len(tied := owners[id(linear.weight)]) > 1:

@@ -63,6 +63,11 @@ class Candidates:
         """Their parameters (out, in)."""
         return {name: linear.weight for name, linear in self.linears.items()}
 
+    def padding(self, linear: nn.Linear, grid: Grid) -> int:
+        """Columns of zeros that are added to its weight on `grid`."""
+        scheme = replace(self.recipe.scheme, grid=grid)
+        return scheme.padded(linear.out_features, linear.in_features).padding if self.recipe.pad else 0
+
     def compressed(self, recipe: "Recipe", with_moments: bool = False) -> Iterator[Compressed]:
         """What `recipe` makes of each layer, on the inputs of the dense model; the model stays as it is.
 
@@ -74,7 +79,7 @@ class Candidates:
             for layers, moments in layers_by_input(block, self.found[index], running, index):
                 weights: dict[str, list[Tensor]] = {name: [] for name in layers}
                 for grid in self.grids:
-                    schemes = schemes_of(replace(recipe, grid=grid), {}, list(layers))
+                    schemes = schemes_of(replace(recipe, grid=grid), {}, layers)
                     for name, layer in solve(layers, recipe, schemes, moments):
                         weights[name].append(layer.dequantize())
                 hessian = moments.mean if moments else None

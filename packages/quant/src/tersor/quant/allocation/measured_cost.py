@@ -40,7 +40,9 @@ class MeasuredCost:
         linears, grids = candidates.linears, candidates.grids
         shapes = {linear.weight.shape: linear for linear in linears.values()}
         calls = {
-            (shape, grid): self._call(linear, Scheme(grid, activation=candidates.recipe.activation))
+            (shape, grid): self._call(
+                linear, Scheme(grid, activation=candidates.recipe.activation, padding=candidates.padding(linear, grid))
+            )
             for shape, linear in shapes.items()
             for grid in grids
         }
@@ -58,7 +60,7 @@ class MeasuredCost:
     def _call(self, linear: nn.Linear, scheme: Scheme) -> Callable[[], Any]:
         """The product of a layer like `linear`."""
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(linear.weight.shape, generator=generator)
+        weight = torch.randn(linear.out_features, linear.in_features + scheme.padding, generator=generator)
         params = scheme.grid.fit(weight)
         stored = scheme.grid.pack(scheme.grid.encode(weight, params), params)
         layer = QuantizedLinear.from_linear(linear, scheme, stored).to(linear.weight.device)

@@ -33,6 +33,11 @@ def bare(
             raise Unexportable(
                 f"{name}: {of} has no place for the {axis} {piece}; save_pretrained keeps it, or quantise without it"
             )
+    if layer.scheme.padding:
+        raise Unexportable(
+            f"{name}: {of} has no place for {layer.scheme.padding} zeros beside the inputs; save_pretrained keeps them, or "
+            "quantise in groups that divide them"
+        )
 
 
 def integer_grid(name: str, grid: Grid, of: str) -> IntGrid:

@@ -184,7 +184,8 @@ def _original(name: str, layer: QuantizedLinear) -> Tensor:
     if layer.original is None:
         raise ValueError(f"{name}: the weight that was quantised is known only within `quantize`")
     transform = layer.scheme.transform
-    return transform.undo(layer.original, layer.stored("transform")) if transform else layer.original
+    original = transform.undo(layer.original, layer.stored("transform")) if transform else layer.original
+    return original[:, : layer.in_features]
 
 
 def _linear(layer: QuantizedLinear, weight: Tensor, dtype: torch.dtype) -> nn.Linear:

@@ -23,7 +23,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.layer, self.grid = [layer], layer.scheme.grid  # a list: it is no module of this one
-        self.codes, params = self.grid.unpack(layer.stored(), layer.weight_shape)
+        self.codes, params = self.grid.unpack(layer.stored(), layer.stored_shape)
         self._kind = type(params)
         self._fixed = {name: t for name, t in zip(self._kind._fields, params) if not t.is_floating_point()}
         for name, tensor in zip(self._kind._fields, params):
@@ -40,13 +40,13 @@ class TrainableLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), float32: what multiplies the transformed input."""
+        """(out, in + padding), float32: what multiplies the transformed input."""
         return self.grid.decode(self.codes, self.params)
 
     def forward(self, x: Tensor) -> Tensor:
         (layer,) = self.layer
         scheme = layer.scheme
-        h = scheme.transform.apply(x, layer.stored("transform")) if scheme.transform else x
+        h = layer.transformed(x)
         if scheme.activation:
             # straight through: as if nothing had been rounded
             h = h + (scheme.activation.quantise(h) - h).detach()
@@ -66,7 +66,7 @@ class TrainableLinear(nn.Module):
     def rounded(self) -> Any:
         """The grid's parameters as it stores them."""
         (layer,) = self.layer
-        like = self.grid.unpack(layer.stored(), layer.weight_shape)[1]
+        like = self.grid.unpack(layer.stored(), layer.stored_shape)[1]
         return self._kind(*(new.detach().to(old.dtype) for new, old in zip(self.params, like)))
 
 
