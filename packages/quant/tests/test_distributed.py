@@ -1,8 +1,10 @@
 """Calibration shared among processes: the statistics of all are added up."""
 
+import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -12,6 +14,7 @@ from tersor.quant.linear import QuantizedLinear
 PROGRAM = """
 import sys
 from dataclasses import replace
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
@@ -54,3 +57,57 @@ def test_two_processes_give_the_result_of_one(make_model, ids, tmp_path):
     first, second = (load_file(tmp_path / f"tuned{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert not torch.equal(first[norm := "model.layers.0.input_layernorm.weight"], make_model().state_dict()[norm])
+
+
+ALLOCATING = """
+import json
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from torch import distributed
+from transformers import AutoModelForCausalLM
+from tersor.quant import recipes
+from tersor.quant.allocation import DynamicProgram, Evolution, LayerDivergence, MaskSensitivity, MeasuredCost
+from tersor.quant.allocation.candidates import candidates_of
+from tersor.quant.grid import IntGrid
+
+if len(sys.argv) > 2:
+    distributed.init_process_group("gloo")
+folder = Path(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+ids = load_file(folder / "ids.safetensors")["ids"]
+grids, recipe = [IntGrid(bits, 32) for bits in (2, 3, 4)], recipes.gptq(3, 32)
+found = {"bits": [], "losses": [], "costs": []}
+for allocator in (
+    DynamicProgram(LayerDivergence()),
+    Evolution(generations=4, offspring=8, survivors=(4, 1), tokens=(32, 128), initial=4),
+):
+    allocation = allocator.allocate(model, grids, recipe, ids, budget=grids[1])
+    found["bits"].append([grid.bits for grid in allocation.values()])
+with candidates_of(model, grids, recipe, ids, ()) as candidates:
+    found["losses"] = [loss.losses(candidates) for loss in (LayerDivergence(), MaskSensitivity())]
+    found["costs"] = MeasuredCost(repeats=5).costs(candidates)
+rank = distributed.get_rank() if len(sys.argv) > 2 else "alone"
+(folder / f"{rank}.json").write_text(json.dumps(found))
+if len(sys.argv) > 2:
+    distributed.destroy_process_group()
+"""
+
+
+def test_processes_agree_on_who_gets_which_grid(make_model, ids, tmp_path):
+    """Each has seen another part of the data and measured for itself: what they find is averaged."""
+    make_model().save_pretrained(tmp_path)
+    save_file({"ids": ids[:4]}, tmp_path / "ids.safetensors")
+    (tmp_path / "program.py").write_text(ALLOCATING)
+    program = [str(tmp_path / "program.py"), str(tmp_path)]
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program, "several"]
+    for command in (several, [sys.executable, *program]):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    first, second, alone = (json.loads((tmp_path / f"{who}.json").read_text()) for who in ("0", "1", "alone"))
+    assert first == second
+    assert all(len(set(bits)) == 3 for bits in first["bits"])
+    # by all of the text, as one process does
+    for together, expected in zip(first["losses"], alone["losses"]):
+        for name, values in expected.items():
+            assert together[name] == pytest.approx(values, rel=1e-2), name

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
+from tersor.quant.processes import num_processes, over_processes
+
 # rows of token ids are run together up to this many tokens
 _BATCH_TOKENS = 2048
 # columns of X^T X that are multiplied at once: within a tenth of the fastest of 64, 128, 256 on a CPU, for 256 to 2048 inputs
@@ -63,13 +65,9 @@ class SecondMoments:
 
     def merge(self) -> None:
         """Add what the other processes have seen, where `torch.distributed` runs: all of them then hold the same."""
-        if not distributed.is_available() or not distributed.is_initialized():
-            return
-        count = torch.tensor([self.count], device=self._upper.device)
-        distributed.all_reduce(self._upper)
-        distributed.all_reduce(self.maxima, distributed.ReduceOp.MAX)
-        distributed.all_reduce(count)
-        self.count = int(count)
+        over_processes(self._upper)
+        over_processes(self.maxima, "MAX")
+        self.count = int(over_processes(torch.tensor([self.count], device=self._upper.device)))
 
 
 def own_part(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -78,9 +76,9 @@ def own_part(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     Raises:
         ValueError: there are fewer rows than processes.
     """
-    if not distributed.is_available() or not distributed.is_initialized():
+    if (processes := num_processes()) == 1:
         return data
-    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    rank = distributed.get_rank()
     parts, seen = [], 0
     for batch in data:
         first = (rank - seen) % processes

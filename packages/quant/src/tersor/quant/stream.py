@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tersor.quant.calibration import BlockInputs, block_inputs, passed_through
@@ -16,6 +16,7 @@ from tersor.quant.export.target import check_target
 from tersor.quant.grid import Grid
 from tersor.quant.layers import advance
 from tersor.quant.linear import QuantizedLinear
+from tersor.quant.processes import num_processes
 from tersor.quant.quantize import Progress, dense_inputs, quantise_block
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme
@@ -61,7 +62,7 @@ def quantize_checkpoint(
     """
     checkpoint, target = Source(Path(source)), Path(target)
     check_target(target)
-    if distributed.is_available() and distributed.is_initialized():
+    if num_processes() > 1:
         raise NotImplementedError("several processes would write the same files: stream in one, or use quantize")
     for transform in recipe.transforms:
         if isinstance(transform, ModelTransform | CalibratedTransform | SearchedTransform):

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tersor.quant.blocks import find_blocks, linears, matches
 from tersor.quant.calibration import batches, num_tokens, own_part
 from tersor.quant.grid import Grid
 from tersor.quant.linear import QuantizedLinear
+from tersor.quant.processes import num_processes
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme
 
@@ -77,7 +78,7 @@ def all_called(found: list[dict[str, nn.Linear]]) -> Iterator[Mapping[nn.Linear,
         for handle in handles:
             handle.remove()
     # of several processes, another one may have met it
-    if waiting and not (distributed.is_available() and distributed.is_initialized()):
+    if waiting and num_processes() == 1:
         raise ValueError(no_token(next(iter(waiting.values()))))
 
 

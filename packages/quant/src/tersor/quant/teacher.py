@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.quant.processes import over_processes
+
 # logits that are held at a time, of 4 bytes each
 _LOGITS = 2**25
 
@@ -44,10 +46,13 @@ class Teacher:
         return [len(likeliest.values) for likeliest in self._likeliest]
 
     def divergence(self, rows: Sequence[int] | None = None) -> float:
-        """Nats per token, over some of the rows or all."""
+        """Nats per token, over some of the rows or all, and over those of all processes: each gives its own."""
         rows = range(len(self.rows)) if rows is None else rows
         total = sum(float(of_row.sum()) for of_row in self.divergences(rows))
-        return total / sum(len(self._likeliest[row].values) for row in rows)
+        tokens = sum(len(self._likeliest[row].values) for row in rows)
+        found = torch.tensor([total, tokens], dtype=torch.float64, device=self.model.device)
+        total, tokens = over_processes(found).tolist()
+        return total / tokens
 
     def divergences(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Of each token that is no padding, (tokens,), row by row, in nats; gradients flow back into the model."""

@@ -12,6 +12,7 @@ from torch import nn
 from tersor.quant.allocation.candidates import Candidates
 from tersor.quant.allocation.protocol import Table
 from tersor.quant.linear import QuantizedLinear
+from tersor.quant.processes import mean_over_processes
 from tersor.quant.scheme import Scheme
 
 
@@ -51,7 +52,10 @@ class MeasuredCost:
             {kind: _seconds(call, candidates.model.device) for kind, call in calls.items()}
             for _ in range(warm_up + self.repeats)
         ]
-        medians = {kind: 1e6 * statistics.median(seconds[kind] for seconds in rounds[warm_up:]) for kind in calls}
+        found = [1e6 * statistics.median(seconds[kind] for seconds in rounds[warm_up:]) for kind in calls]
+        # processes that measured for themselves would not agree on what is affordable
+        mean = mean_over_processes(torch.tensor(found, dtype=torch.float64, device=candidates.model.device))
+        medians = dict(zip(calls, mean.tolist()))
         return {name: [medians[linear.weight.shape, grid] for grid in grids] for name, linear in linears.items()}
 
     def scale(self, candidates: Candidates) -> float:

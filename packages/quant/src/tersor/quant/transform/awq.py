@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tersor.quant.calibration import BlockInputs, Pass, block_passes, token_rows
 from tersor.quant.grid import ScalarGrid
 from tersor.quant.grid.protocol import Grid
-from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, observe, over_processes, rounded, scalable
+from tersor.quant.processes import over_processes
+from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, observe, rounded, scalable
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from tersor.quant.activation import Activation
 from tersor.quant.blocks import linears, matches
 from tersor.quant.calibration import BlockInputs, token_rows
 from tersor.quant.grid import Grid, IntGrid, ScalarGrid
+from tersor.quant.processes import over_processes
 from tersor.quant.transform.attention import attentions, divergence
-from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, over_processes, scalable
+from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, scalable
 from tersor.quant.transform.smooth import Smooth, channel_maxima
 
 

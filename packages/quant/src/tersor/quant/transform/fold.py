@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tersor.quant.blocks import linears
@@ -213,13 +213,6 @@ def rounded(scales: Mapping[nn.Linear, Tensor | None], grid: Any) -> Iterator[No
     finally:
         for linear, weight in originals.items():
             linear.weight.data = weight
-
-
-def over_processes(values: Tensor, operation: str = "SUM") -> Tensor:
-    """`values` summed (or "MAX") over the processes that each run a part of the data, where `torch.distributed` runs."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values, getattr(distributed.ReduceOp, operation))
-    return values
 
 
 def _readers(

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from tersor.quant.blocks import linears
 from tersor.quant.calibration import BlockInputs, token_rows
 from tersor.quant.grid import Grid, IntGrid
-from tersor.quant.transform.fold import over_processes
+from tersor.quant.processes import over_processes
 
 
 @dataclass(frozen=True)

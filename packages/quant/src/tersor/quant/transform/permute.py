@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tersor.quant.blocks import find_blocks, linears
 from tersor.quant.calibration import BlockInputs, block_inputs, shared_inputs, token_rows
 from tersor.quant.grid.protocol import Grid
-from tersor.quant.transform.fold import Pair, find_pairs, norms, over_processes
+from tersor.quant.processes import over_processes
+from tersor.quant.transform.fold import Pair, find_pairs, norms
 from tersor.quant.transform.protocol import UnsupportedFold
 from tersor.quant.transform.rotation import close, trial_ids
 from tersor.quant.transform.smooth import channel_maxima

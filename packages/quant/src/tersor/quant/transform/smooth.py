@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tersor.quant.blocks import linears
 from tersor.quant.calibration import BlockInputs, block_passes, token_rows
 from tersor.quant.grid.protocol import Grid
-from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, observe, over_processes, rounded, scalable
+from tersor.quant.processes import over_processes
+from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, observe, rounded, scalable
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 
 from tersor.quant.blocks import matches
+from tersor.quant.processes import mean_over_processes
 
 
 class RelativeAdamW:
@@ -76,11 +77,3 @@ def undone_unless_better(module: nn.Module, error: Callable[[], float]) -> Itera
     after = error()
     if not after < before:
         module.load_state_dict(state)
-
-
-def mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of what all processes hold, where `torch.distributed` runs."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(tensor)
-        tensor = tensor / distributed.get_world_size()
-    return tensor

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.quant.calibration import BlockInputs, token_rows
-from tersor.quant.tuning.adamw import RelativeAdamW, learnable, mean_over_processes, undone_unless_better
+from tersor.quant.processes import mean_over_processes
+from tersor.quant.tuning.adamw import RelativeAdamW, learnable, undone_unless_better
 from tersor.quant.tuning.batches import shuffled
 from tersor.quant.tuning.trainable import TrainableLinear, trainable
 

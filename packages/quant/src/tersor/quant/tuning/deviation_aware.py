@@ -10,7 +10,7 @@ from torch import Tensor
 from tersor.quant.grid import DualBinary, DualBinaryParams
 from tersor.quant.linear import QuantizedLinear
 from tersor.quant.teacher import Teacher
-from tersor.quant.tuning.adamw import RelativeAdamW, learnable, mean_over_processes, undone_unless_better
+from tersor.quant.tuning.adamw import RelativeAdamW, learnable, undone_unless_better
 from tersor.quant.tuning.batches import shuffled_rows
 from tersor.quant.tuning.trainable import TrainableLinear, trainable
 
@@ -81,7 +81,7 @@ class DeviationAware:
 
     def tune(self, model: Any, teacher: Teacher) -> None:
         def error() -> float:
-            return float(mean_over_processes(torch.tensor(teacher.divergence(), dtype=torch.float64)))
+            return teacher.divergence()
 
         with undone_unless_better(model, error), trainable(model, RecodedLinear):
             optimizer = RelativeAdamW(learnable(model, ()), self.rate, self.steps)

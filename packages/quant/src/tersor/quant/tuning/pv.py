@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tersor.quant.grid import Grid
 from tersor.quant.grid.protocol import Params
+from tersor.quant.processes import mean_over_processes
 from tersor.quant.teacher import Teacher
-from tersor.quant.tuning.adamw import RelativeAdamW, learnable, mean_over_processes, undone_unless_better
+from tersor.quant.tuning.adamw import RelativeAdamW, learnable, undone_unless_better
 from tersor.quant.tuning.batches import shuffled_rows
 from tersor.quant.tuning.trainable import TrainableLinear, trainable
 
@@ -62,7 +63,7 @@ class PV:
 
     def tune(self, model: Any, teacher: Teacher) -> None:
         def error() -> float:
-            return float(mean_over_processes(torch.tensor(teacher.divergence(), device=model.device)))
+            return teacher.divergence()
 
         with undone_unless_better(model, error), trainable(model) as layers:
             optimizer = RelativeAdamW(learnable(model, self.also), self.rate, self.steps)

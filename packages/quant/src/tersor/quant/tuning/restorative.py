@@ -7,13 +7,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersor.quant.blocks import matches
 from tersor.quant.linear import QuantizedLinear
+from tersor.quant.processes import num_processes
 from tersor.quant.teacher import Teacher
-from tersor.quant.tuning.adamw import RelativeAdamW, learnable, mean_over_processes
+from tersor.quant.tuning.adamw import RelativeAdamW, learnable
 from tersor.quant.tuning.batches import shuffled_rows
 from tersor.quant.tuning.trainable import TrainableLinear, trainable
 
@@ -128,7 +129,7 @@ class RestorativePreprocess:
         from tersor.quant.quantize import quantize
 
         def error() -> float:
-            return float(mean_over_processes(torch.tensor(teacher.divergence(), device=model.device)))
+            return teacher.divergence()
 
         first = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         weights = {name: _original(name, layer) for name, layer in first.items()}
@@ -211,8 +212,7 @@ def _dense_parts(model: nn.Module, quantized: Mapping[str, nn.Module]) -> list[s
 def grouped(rows: Sequence[Mapping[str, Tensor]], batch_size: int) -> list[dict[str, Tensor]]:
     """`rows` (1, seq_len) as batches for `quantize`, those of one length together while they follow each other."""
     # of several processes, `quantize` gives each every n-th sequence: of each one n, so that all go on with their own
-    several = distributed.is_available() and distributed.is_initialized()
-    repeats = distributed.get_world_size() if several else 1
+    repeats = num_processes()
     found = []
     for _, same in groupby(rows, lambda row: (row["input_ids"].shape, row.keys())):
         same = list(same)

@@ -1,0 +1,19 @@
+"""Several processes, each with a part of the calibration data, where `torch.distributed` runs; else there is one."""
+
+from torch import Tensor, distributed
+
+
+def num_processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def over_processes(values: Tensor, operation: str = "SUM") -> Tensor:
+    """`values` in place, summed (or "MAX") over what all processes hold: all of them then hold the same."""
+    if num_processes() > 1:
+        distributed.all_reduce(values, getattr(distributed.ReduceOp, operation))
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what all processes hold."""
+    return over_processes(values) / num_processes()
