@@ -23,7 +23,7 @@ class ActScale:
     least squared difference in the output of the smallest module that all readers of the scaled output lie in
     (attention, MLP, or the one linear), with Q(W s) / s for their weights, Q rounding to nearest. So on the calibration
     data it is never worse than no scale. As in the authors' code (the paper has X_mean^r), apart from four things:
-    s = 1 is tried too; all are tried on an eighth of the data and only the best three of them, and s = 1, on the rest;
+    s = 1 is tried too; all are tried on an eighth of the data, and the best three of them and s = 1 on all of it;
     heads that share a value (GQA) share the mean of their channels, where theirs are left out; a channel that the data
     or the weights leave at zero keeps s = 1.
     """
