@@ -126,7 +126,19 @@ KNOWN = {row.partition(",")[0] for row in ROWS}
 NEW = {name: {"": getattr(recipes, name)()} for name in recipes.__all__ if name not in KNOWN}
 TINY = [("tiny-lm", widths, name, recipe) for name, row in (ROWS | NEW).items() for widths, recipe in row.items()]
 # whose weights were rounded in blocks of 32 before: finer groups, or more bits, would find the old levels again
-CHEAP = ["rtn", "rtn, groups of 128", "nf4", "higgs", "hqq", "bipolar_int", "gptq", "eora", "quantease", "awq", "bitstack"]
+CHEAP = [
+    "rtn",
+    "rtn, groups of 128",
+    "nf4",
+    "higgs",
+    "hqq",
+    "bipolar_int",
+    "gptq",
+    "eora",
+    "quantease",
+    "awq",
+    "bitstack",
+]
 GEMMA = [
     ("gemma-3-270m", widths, name, ROWS[name][widths])
     for name in CHEAP
