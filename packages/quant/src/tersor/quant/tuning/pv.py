@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.quant.grid import Grid
+from tersor.quant.grid import AdditiveGrid, Grid
 from tersor.quant.grid.protocol import Params
 from tersor.quant.processes import mean_over_processes
 from tersor.quant.teacher import Teacher
@@ -131,21 +131,36 @@ def moved_codes(
     rows, groups = codes.shape[:2]
     if rows != target.shape[0] or target.shape[1] % groups:
         raise TypeError(f"PV moves codes of neighbours in a row, which those of {type(grid).__name__} are not")
-    old, new = grid.decode(codes, params), grid.encode(target, params)
-    moved = grid.decode(new, params)
-
-    def by_code(difference: Tensor) -> Tensor:
-        return difference.view(rows, groups, -1).square().sum(-1).flatten()
-
-    way = by_code(target - old)
-    # codes that stay have no way to go; of two equally near, the old one stays
-    way = way.where(by_code(target - moved) < way, 0)
-    chosen = way.topk(math.ceil(max_change * len(way))).indices
-    chosen = chosen[way[chosen] > 0]
+    old, wanted = grid.decode(codes, params).reshape(rows * groups, -1), target.reshape(rows * groups, -1)
+    way = (wanted - old).square().sum(-1)
+    left = math.ceil(max_change * len(way))
+    chosen, new, there = [], [], []
+    # a beam search is dear: it ends where enough are found
+    size = 4 * left if isinstance(grid, AdditiveGrid) else len(way)
+    for some in way.argsort(descending=True).split(size):
+        found, decoded = _encoded(grid, target, params, groups, some)
+        # of two equally near, the old one stays
+        nearer = ((wanted[some] - decoded).square().sum(-1) < way[some]).nonzero()[:left, 0]
+        chosen, new, there = [*chosen, some[nearer]], [*new, found[nearer]], [*there, decoded[nearer]]
+        left -= len(nearer)
+        if not left:
+            break
+    of, moves = torch.cat(chosen), (torch.cat(there) - old[torch.cat(chosen)]).square().sum(-1)
+    allowed = torch.ones_like(of, dtype=torch.bool)
     if trust_ratio is not None:
-        within = by_code(moved - old)[chosen].cumsum(0).sqrt() <= trust_ratio * old.norm()
-        within[:1] = True
-        chosen = chosen[within]
+        allowed = moves.cumsum(0).sqrt() <= trust_ratio * old.norm()
+        allowed[:1] = True
     changed = codes.flatten(0, 1).clone()
-    changed[chosen] = new.flatten(0, 1)[chosen]
+    changed[of[allowed]] = torch.cat(new)[allowed]
     return changed.view_as(codes)
+
+
+def _encoded(grid: Grid, target: Tensor, params: Params, groups: int, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the codes `some`, `groups` in each row: those nearest to `target` (out, in), and what they stand for."""
+    if isinstance(grid, AdditiveGrid):
+        # each vector is a row of its own
+        params = params._replace(scale=params.scale[some // groups])
+        codes = grid.encode(target.view(-1, grid.vector_size)[some], params)
+        return codes[:, 0], grid.decode(codes, params)
+    codes = grid.encode(target, params)
+    return codes.flatten(0, 1)[some], grid.decode(codes, params).view(target.shape[0] * groups, -1)[some]
