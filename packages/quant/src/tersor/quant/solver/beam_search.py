@@ -112,12 +112,16 @@ class BeamSearch:
         best, least = params, math.inf
         for step in range(self.steps + 1):
             with torch.enable_grad():
-                error = _errors(weight, grid.decode(codes, AdditiveParams(*learnt)), H).sum()
-            if float(error) < least:
-                best, least = AdditiveParams(*(p.detach().clone() for p in learnt)), float(error)
+                decoded = grid.decode(codes, AdditiveParams(*learnt))
+            difference = decoded.detach() - weight
+            slope = difference @ H
+            error = float((slope * difference).sum(dtype=torch.float64))
+            if error < least:
+                best, least = AdditiveParams(*(p.detach().clone() for p in learnt)), error
             if step < self.steps:
                 optimizer.zero_grad()
-                error.backward()
+                # H is symmetric: one product with it gives the error and its gradient
+                decoded.backward(2 * slope)
                 optimizer.step()
         return best
 
