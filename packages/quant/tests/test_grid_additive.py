@@ -105,10 +105,10 @@ def test_each_codebook_and_each_bit_lose_less(generator):
 
 
 def test_kmeans_finds_clusters_and_points_that_no_vector_needs_do_no_harm(generator):
-    """Whatever points it starts from: those without vectors move to where the error is."""
+    """Whatever points it starts from: those without vectors move to where the error is. Of 32000 it looks at half."""
     centres = 10 * torch.randn(8, 4, generator=generator)
-    vectors = centres.repeat(20, 1) + 0.01 * torch.randn(160, 4, generator=generator)
-    for n in (16, 200):
+    for of_each, n in ((20, 16), (20, 200), (4000, 16)):
+        vectors = centres.repeat(of_each, 1) + 0.01 * torch.randn(8 * of_each, 4, generator=generator)
         points = kmeans_vectors(vectors, n)
         assert points.shape == (n, 4)
         assert torch.cdist(vectors, points).amin(-1).max() < 0.1

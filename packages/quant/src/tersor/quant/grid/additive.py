@@ -12,6 +12,8 @@ from tersor.quant.grid.protocol import Buffer, Stored, bits_of
 
 # squared distances that are held at a time: 16 MiB
 _DISTANCES = 2**22
+# vectors that k-means looks at for each point; of a quarter as many the error after a search is up to .9 % larger
+_SAMPLES = 1024
 # sums that `encode` keeps after each codebook: those of arXiv:2405.14852
 _BEAM = 5
 
@@ -137,8 +139,12 @@ def kmeans_vectors(vectors: Tensor, n: int, max_steps: int = 50) -> Tensor:
     """n points (n, size) that `vectors` (m, size) lie near to in the sum of squares: Lloyd's algorithm from n of them.
 
     Points that no vector is nearest to move to where the error is largest. Stops before `max_steps` when nothing moves.
+    Of many vectors some are looked at.
     """
     generator = torch.Generator().manual_seed(0)
+    if len(vectors) > _SAMPLES * n:
+        some = torch.randperm(len(vectors), generator=generator)[: _SAMPLES * n]
+        vectors = vectors[some.to(vectors.device)]
     vectors, m = vectors.float(), len(vectors)
     points = vectors[torch.randperm(m, generator=generator)[torch.arange(n) % m].to(vectors.device)]
     for _ in range(max_steps):
