@@ -20,7 +20,7 @@ import pytest
 from tersor.quant import Recipe, quantize, recipes
 from tersor.quant.allocation import Evolution, IntegerProgram, LayerDivergence, MaskSensitivity, MeasuredCost
 
-from .measured import bits_per_weight, measure
+from .measured import TOGETHER, bits_per_weight, measure
 
 pytestmark = [
     pytest.mark.slow,
@@ -167,8 +167,6 @@ GEMMA = [
     for widths, recipe in row.items()
     if (getattr(recipe.grid, "group_size", None) or 64) >= 64
 ]
-# sequences run together; what learns block by block takes a step for each batch, and Gemma's are the longer steps
-TOGETHER = {"tiny-lm": 8, "gemma-3-270m": 2}
 
 
 def parameters(rows):

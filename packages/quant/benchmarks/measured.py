@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tersor.quant.linear import QuantizedLinear
 
 LENGTH = 256
+# sequences of a batch: what learns block by block takes a step for each, and Gemma's steps are the longer ones
+TOGETHER = {"tiny-lm": 8, "gemma-3-270m": 2}
 
 
 @dataclass(frozen=True)
