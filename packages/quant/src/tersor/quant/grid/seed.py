@@ -13,7 +13,12 @@ from tersor.quant.grid.protocol import Buffer, Stored
 
 # bits of a register -> those whose sum mod 2 comes in; with these it takes all states but zero
 TAPS = {8: (8, 6, 5, 4), 10: (10, 7), 12: (12, 6, 4, 1), 14: (14, 5, 3, 1), 16: (16, 15, 13, 4)}
-# products of blocks with seeds held at a time: 16 MiB
+# blocks that are searched at a time, and seeds: their products are 2 MiB
+_BLOCKS = 512
+_SEEDS = 1024
+# seeds of which only the best one's product is kept
+_TOGETHER = 8
+# numbers that are held of seeds with rounded coefficients: 16 MiB
 _PRODUCTS = 2**22
 
 
@@ -31,8 +36,8 @@ class SeedGrid:
     3 coefficients, 3 bits in blocks of 12 with 4. Sums of integers are exact in float32, so every device decodes the
     same bits.
 
-    All seeds are tried: a million weights in blocks of 8 take a minute and a half on one core with 2^16 seeds, and ten
-    seconds with `seed_bits=12`, which is 3.5 bits and a squared error more than twice as large.
+    All seeds are tried: a million weights in blocks of 8 take 17 seconds on one core with 2^16 seeds, and four with
+    `seed_bits=12`, which is 3.5 bits and a squared error more than twice as large.
 
     Args:
         block: neighbours in a row that share a seed; must divide the layer's `in`.
@@ -78,7 +83,7 @@ class SeedGrid:
     def encode(self, weight: Tensor, params: SeedParams) -> Tensor:
         """Codes (out, in / block, 2 + num_coefficients), int32: seed, steps below largest_exponent, coefficients."""
         blocks = weight.float().reshape(-1, self.block)
-        codes = [self._search(part) for part in blocks.split(max(1, _PRODUCTS >> self.seed_bits))]
+        codes = [self._search(part) for part in blocks.split(_BLOCKS)]
         return torch.cat(codes).view(len(weight), -1, 2 + self.num_coefficients)
 
     def decode(self, codes: Tensor, params: SeedParams) -> Tensor:
@@ -129,23 +134,35 @@ class SeedGrid:
     def _search(self, blocks: Tensor) -> Tensor:
         """Codes (blocks, 2 + num_coefficients) of `blocks` (blocks, block).
 
-        Seeds are tried in the order of what unrounded coefficients would leave, until that is more than what the best
-        one leaves with rounded ones.
+        Seeds are tried in the order of what unrounded coefficients would leave, some at a time, until that is more than what
+        the best one leaves with rounded ones.
         """
-        projections = _projections(self.seed_bits, self.block, self.num_coefficients, blocks.device)
-        upper = torch.triu_indices(self.block, self.block, device=blocks.device)
-        explained = (blocks[:, upper[0]] * blocks[:, upper[1]]) @ projections.T
-        left = blocks.square().sum(-1, keepdim=True) - explained
+        left = blocks.square().sum(-1, keepdim=True) - self._explained(blocks)
         codes = blocks.new_zeros(len(blocks), 2 + self.num_coefficients, dtype=torch.int32)
-        open_, count = torch.arange(len(blocks), device=blocks.device), 32
+        open_, count, groups = torch.arange(len(blocks), device=blocks.device), 4, left.shape[1]
+        within = torch.arange(0, 2**self.seed_bits, groups, device=blocks.device)
         while len(open_):
-            count = min(count, len(projections))
-            least, seeds = left[open_].topk(count, largest=False)
-            found, error = self._rounded(blocks[open_], seeds + 1)
-            codes[open_] = found
-            open_ = open_[error > least[:, -1]] if count < len(projections) else open_[:0]
-            count *= 8
+            count = min(count, groups)
+            again = []
+            for some in open_.split(max(1, _PRODUCTS // (32 * _TOGETHER * count))):
+                least, group = left[some].topk(count, largest=False)
+                # seed 0 has no states, and stands where seed 1 does
+                codes[some], error = self._rounded(blocks[some], (group[..., None] + within).flatten(1).clamp(min=1))
+                again.append(some[error > least[:, -1]])
+            open_ = torch.cat(again) if count < groups else open_[:0]
+            count *= 4
         return codes
+
+    def _explained(self, blocks: Tensor) -> Tensor:
+        """Of |w|^2 (blocks,) the most that unrounded coefficients explain with a seed of each group (blocks, groups).
+
+        Group g has the seeds g, g + groups, g + 2 groups, ...
+        """
+        parts = _projections(self.seed_bits, self.block, self.num_coefficients, blocks.device)
+        i, j = torch.triu_indices(self.block, self.block, device=blocks.device)
+        products = blocks[:, i] * blocks[:, j]
+        # the largest of a part while it is in the cache
+        return torch.cat([(products @ part.T).unflatten(1, (_TOGETHER, -1)).amax(1) for part in parts], 1)
 
     def _rounded(self, blocks: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of `blocks` with the best of `seeds` (blocks, seeds), and the squared error."""
@@ -201,9 +218,15 @@ def _inverses(seed_bits: int, block: int, num_coefficients: int, device: torch.d
 
 @cache
 def _projections(seed_bits: int, block: int, num_coefficients: int, device: torch.device) -> Tensor:
-    """(seeds, block (block + 1) / 2): times the products w_i w_j, i <= j, what the seeds 1, 2, ... explain of |w|^2."""
+    """Times the products w_i w_j, i <= j, what seeds explain of |w|^2: (parts, seeds, block (block + 1) / 2).
+
+    A part has some groups' first seeds, then their second ones, ...
+    """
     Q, _ = _factors(seed_bits, block, num_coefficients, device)
     P = Q @ Q.mT
     i, j = torch.triu_indices(block, block, device=device)
     # w_i w_j stands for w_j w_i too
-    return (P[:, i, j] * (1 + (i < j))).float().contiguous()
+    projections = (P[:, i, j] * (1 + (i < j))).float()
+    # seed 1 once more, for seed 0
+    projections = torch.cat([projections[:1], projections]).unflatten(0, (_TOGETHER, -1))
+    return torch.stack([part.flatten(0, 1) for part in projections.split(_SEEDS // _TOGETHER, 1)])
