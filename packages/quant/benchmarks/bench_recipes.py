@@ -19,6 +19,7 @@ import pytest
 
 from tersor.quant import Recipe, quantize, recipes
 from tersor.quant.allocation import Evolution, IntegerProgram, LayerDivergence, MaskSensitivity, MeasuredCost
+from tersor.quant.solver import LearnedRounding
 
 from .measured import TOGETHER, bits_per_weight, measure
 
@@ -146,8 +147,8 @@ SHORTER: dict[str, dict[str, Recipe]] = {
         widths: with_allocator(recipe, IntegerProgram(MaskSensitivity(0.9, 1, 512), MeasuredCost()))
         for widths, recipe in ROWS["ohq"].items()
     },
-    "calibtip, 512 tokens": {
-        widths: with_allocator(recipe, IntegerProgram(LayerDivergence(512)))
+    "calibtip, 50 steps and 256 tokens": {
+        widths: replace(with_allocator(recipe, IntegerProgram(LayerDivergence(256))), solver=LearnedRounding(steps=50))
         for widths, recipe in ROWS["calibtip"].items()
     },
     "odyssey, 50 steps": {"W4A8": recipes.odyssey(50)},

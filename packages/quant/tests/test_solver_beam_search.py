@@ -68,7 +68,7 @@ def test_without_codes_to_change_it_is_least_squares(grid, weight, hessian, monk
     monkeypatch.setattr(BeamSearch, "sweep", lambda self, weight, grid, codes, params, H: codes)
     start = grid.fit(weight)
     codes = grid.encode(weight, start)
-    found = BeamSearch(tolerance=1e-6, steps=50, max_turns=200).solve(weight, grid, hessian).params
+    found = BeamSearch(tolerance=1e-6, steps=50, max_turns=50).solve(weight, grid, hessian).params
     # what is decoded, as a matrix (out, in, numbers) on the numbers in the codebooks
     units = torch.eye(start.codebooks.numel()).view(-1, *start.codebooks.shape)
     matrix = torch.stack([grid.decode(codes, AdditiveParams(unit, found.scale)) for unit in units], -1)
