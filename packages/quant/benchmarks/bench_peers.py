@@ -13,16 +13,17 @@ import importlib
 import importlib.metadata
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 
-from tersor.quant import Recipe, quantize, recipes
+from tersor.quant import Recipe, recipes
 from tersor.quant.grid import IntGrid
 from tersor.quant.solver import GPTQ, ClipSearch, CoordinateDescent
 from tersor.quant.tuning import PV, BlockReconstruction
 
-from .measured import TOGETHER, bits_per_weight, measure
+from .measured import measure, with_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.benchmark(timer=time.process_time), pytest.mark.usefixtures("one_thread")]
 
@@ -47,7 +48,7 @@ def rotated(bits: int, group_size: int) -> Recipe:
 
 
 def clipped_learnt(bits: int, group_size: int) -> Recipe:
-    return replace(clipped(bits, group_size), tuning=(BlockReconstruction(120), replace(SCALES, batch_size=2)))
+    return replace(clipped(bits, group_size), tuning=(BlockReconstruction(120), SCALES))
 
 
 def rotated_learnt(bits: int, group_size: int) -> Recipe:
@@ -76,7 +77,7 @@ OURS = {
 
 FOR_TINY = [name for name in OURS if name != "clipped, learnt"]
 # norms after attention and MLP keep Gemma from being rotated
-FOR_GEMMA = ["rtn", "hqq", "gptq", "clipped", "clipped, learnt"]
+FOR_GEMMA = ["rtn", "hqq", "gptq", "clipped", "clipped, learnt", "vectors, learnt"]
 
 
 def cases(tiny: list[str], gemma: list[str]):
@@ -119,8 +120,4 @@ def test_ours(name, model, bits, group_size, benchmark, subject):
     except NotImplementedError as error:
         pytest.skip(str(error))
 
-    def quantise(quantised, calibration):
-        quantised = quantize(quantised, recipe, calibration.split(TOGETHER[model]))
-        return quantised, bits_per_weight(quantised)
-
-    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", quantise)
+    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", partial(with_recipe, recipe, model))

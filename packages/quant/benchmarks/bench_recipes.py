@@ -13,15 +13,16 @@ inputs. Whose head was tied stores it twice after QuaRot; heads do not count.
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tersor.quant import Recipe, quantize, recipes
+from tersor.quant import Recipe, recipes
 from tersor.quant.allocation import Evolution, IntegerProgram, LayerDivergence, MaskSensitivity, MeasuredCost
 from tersor.quant.solver import LearnedRounding
 
-from .measured import TOGETHER, bits_per_weight, measure
+from .measured import measure, with_recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,13 +42,6 @@ def at(make: Callable[..., Recipe], *bits: int, **settings: Any) -> dict[str, Re
 
 def with_allocator(recipe: Recipe, allocator: Any) -> Recipe:
     return replace(recipe, allocation=replace(recipe.allocation, allocator=allocator))
-
-
-def by_two(recipe: Recipe) -> Recipe:
-    """With two sequences in each step for the whole model's predictions, of which Gemma's are 270 MB each."""
-    return replace(
-        recipe, tuning=tuple(replace(t, batch_size=2) if hasattr(t, "batch_size") else t for t in recipe.tuning)
-    )
 
 
 # What is not there cannot be, or is something else. FP8, MXFP4, NVFP4, NF4 and DGQ's, OdysseyLLM's and COMET's integers have
@@ -156,9 +150,9 @@ SHORTER: dict[str, dict[str, Recipe]] = {
     "abq, 2 epochs": {"W4A4": recipes.abq(4, 4, epochs=2), "W3A8": recipes.abq(3, 8, epochs=2)}
     | {"W2A8": recipes.abq(2, 8, epochs=2), "W1.6A8": recipes.abq(1, 8, epochs=2)},
     "evopress, 10 generations of 8": at(recipes.evopress, 4, 3, search=BRIEF),
-    "dbllm, 40 steps": {"W2": by_two(recipes.dbllm(steps=40))},
+    "dbllm, 40 steps": {"W2": recipes.dbllm(steps=40)},
     "brecq, 50 steps": at(recipes.brecq, 4, 3, 2, steps=50),
-    "pv_tuning, 40 steps, tolerance .05": {"W1.6": by_two(recipes.pv_tuning(1, 6, 4, 40, 0.05))},
+    "pv_tuning, 40 steps, tolerance .05": {"W1.6": recipes.pv_tuning(1, 6, 4, 40, 0.05)},
 }
 SLOW = {name.partition(",")[0] for name in SHORTER}
 GEMMA = [
@@ -184,8 +178,4 @@ def test_original(name, benchmark, subject):
 
 @pytest.mark.parametrize(("model", "widths", "name", "recipe"), list(parameters(TINY + GEMMA)))
 def test_recipe(model, widths, name, recipe, benchmark, subject):
-    def quantise(quantised, calibration):
-        quantised = quantize(quantised, recipe, calibration.split(TOGETHER[model]))
-        return quantised, bits_per_weight(quantised)
-
-    measure(benchmark, subject(model), widths, name, quantise)
+    measure(benchmark, subject(model), widths, name, partial(with_recipe, recipe, model))

@@ -3,17 +3,18 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tersor.quant import Recipe, quantize
 from tersor.quant.linear import QuantizedLinear
 
 LENGTH = 256
-# sequences of a batch: what learns block by block takes a step for each, and Gemma's steps are the longer ones
+# sequences of a batch: what learns takes a step for each, and Gemma's predictions are 270 MB for one
 TOGETHER = {"tiny-lm": 8, "gemma-3-270m": 2}
 
 
@@ -64,6 +65,14 @@ def measure(
     row = {"model": subject.name, "widths": widths, "name": name, "bits_per_weight": bits_per_weight}
     row |= {"nbytes": bits_per_weight * weights / 8}
     benchmark.extra_info |= row | losses(subject, model)
+
+
+def with_recipe(recipe: Recipe, name: str, model: Any, calibration: Tensor) -> tuple[Any, float]:
+    """`quantise` of `measure`, of one of ours: steps for the whole model's predictions see as much as those of blocks."""
+    size = TOGETHER[name]
+    tuning = tuple(replace(t, batch_size=size) if hasattr(t, "batch_size") else t for t in recipe.tuning)
+    model = quantize(model, replace(recipe, tuning=tuning), calibration.split(size))
+    return model, bits_per_weight(model)
 
 
 def body(model: Any) -> list[nn.Linear]:
