@@ -40,7 +40,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=2))
     >>> cache = CompressedCache(model.config, recipes.kivi(bits=4))
     >>> with packed_attention(model.eval()):
-    ...     ids = model.generate(torch.arange(500)[None] % 64, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    ...     ids = model.generate(torch.arange(500)[None] % 64, past_key_values=cache, min_new_tokens=8, max_new_tokens=8)
     >>> ids.shape
     torch.Size([1, 508])
 

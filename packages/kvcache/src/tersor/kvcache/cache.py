@@ -45,7 +45,7 @@ class CompressedCache(Cache):
     >>> config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=2)
     >>> model = LlamaForCausalLM(config).eval()
     >>> cache = CompressedCache(config, recipes.kivi(bits=4, residual_length=32))
-    >>> ids = model.generate(torch.arange(200)[None] % 64, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    >>> ids = model.generate(torch.arange(200)[None] % 64, past_key_values=cache, min_new_tokens=8, max_new_tokens=8)
     >>> cache.get_seq_length(), cache.stats.encoded_keys, cache.stats.encoded_values
     (207, 192, 175)
     >>> cache.nbytes < 0.4 * cache.stats.dense_nbytes
