@@ -4,8 +4,7 @@
     python packages/quant/benchmarks/table.py peers.json
 
 A library that cannot be imported is skipped by name. Times are CPU seconds of one thread, the reading of the model by those
-that read it themselves included. Of Gemma-3-270M (`-m real`) AutoRound takes hours, and what is learnt by ours three quarters
-of an hour.
+that read it themselves included. Of Gemma-3-270M (`-m real`) AutoRound takes an hour, and what is learnt by ours is slow too.
 """
 
 import copy

@@ -144,7 +144,8 @@ class SeedGrid:
         while len(open_):
             count = min(count, groups)
             again = []
-            for some in open_.split(max(1, _PRODUCTS // (32 * _TOGETHER * count))):
+            held = self.block * self.num_coefficients * _TOGETHER * count
+            for some in open_.split(max(1, _PRODUCTS // held)):
                 least, group = left[some].topk(count, largest=False)
                 # seed 0 has no states, and stands where seed 1 does
                 codes[some], error = self._rounded(blocks[some], (group[..., None] + within).flatten(1).clamp(min=1))

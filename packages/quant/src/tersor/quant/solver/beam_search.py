@@ -102,7 +102,7 @@ class BeamSearch:
         better = _errors(W, grid.decode(new, params), H) < _errors(W, grid.decode(codes, params), H)
         return new.where(better[:, None, None], codes)
 
-    def _sweep_block(self, block: "_Block", params: AdditiveParams, H: Tensor) -> tuple[Tensor, "_Block"]:
+    def _sweep_block(self, block: _Block, params: AdditiveParams, H: Tensor) -> tuple[Tensor, _Block]:
         """For each row of codes kept after a block of columns: the one that it comes from, and the block; H its own."""
         codes, error, slope, loss = block
         rows = torch.arange(len(loss), device=loss.device)[:, None]
