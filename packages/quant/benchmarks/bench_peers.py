@@ -119,4 +119,5 @@ def test_ours(name, model, bits, group_size, benchmark, subject):
     except NotImplementedError as error:
         pytest.skip(str(error))
 
-    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", partial(with_recipe, recipe, model))
+    # 8 sequences a step, as AutoRound's
+    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", partial(with_recipe, recipe, 8))

@@ -14,8 +14,6 @@ from tersor.quant import Recipe, quantize
 from tersor.quant.linear import QuantizedLinear
 
 LENGTH = 256
-# sequences of a batch: what learns takes a step for each, and Gemma's predictions are 270 MB for one
-TOGETHER = {"tiny-lm": 8, "gemma-3-270m": 2}
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,10 @@ def measure(
     benchmark.extra_info |= row | losses(subject, model)
 
 
-def with_recipe(recipe: Recipe, name: str, model: Any, calibration: Tensor) -> tuple[Any, float]:
-    """`quantise` of `measure`, of one of ours: steps for the whole model's predictions see as much as those of blocks."""
-    size = TOGETHER[name]
-    tuning = tuple(replace(t, batch_size=size) if hasattr(t, "batch_size") else t for t in recipe.tuning)
-    model = quantize(model, replace(recipe, tuning=tuning), calibration.split(size))
+def with_recipe(recipe: Recipe, batch_size: int, model: Any, calibration: Tensor) -> tuple[Any, float]:
+    """`quantise` of `measure`, of one of ours: so many sequences are seen by each step of what learns."""
+    tuning = tuple(replace(t, batch_size=batch_size) if hasattr(t, "batch_size") else t for t in recipe.tuning)
+    model = quantize(model, replace(recipe, tuning=tuning), calibration.split(batch_size))
     return model, bits_per_weight(model)
 
 

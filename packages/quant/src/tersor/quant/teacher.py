@@ -33,6 +33,7 @@ class Teacher:
         top_k: kept for each token of the text; None: all.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Any, rows: Sequence[Mapping[str, Tensor]], top_k: int | None = None) -> None:
         self.model, self.rows = model, rows
         vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -45,6 +46,7 @@ class Teacher:
         """Of each row, those that are no padding."""
         return [len(likeliest.values) for likeliest in self._likeliest]
 
+    @torch.no_grad()
     def divergence(self, rows: Sequence[int] | None = None) -> float:
         """Nats per token, over some of the rows or all, and over those of all processes: each gives its own."""
         rows = range(len(self.rows)) if rows is None else rows
@@ -60,6 +62,12 @@ class Teacher:
             log_p, tokens = self._likeliest[row]
             yield _divergence(log_p, log_q.gather(-1, tokens))
 
+    def backward(self, rows: Sequence[int]) -> None:
+        """Add to the gradients those of the mean divergence of some rows; of all their logits a part is held at a time."""
+        tokens = sum(len(self._likeliest[row].values) for row in rows)
+        for part in self._parts(rows):
+            (torch.cat([*self.divergences(part)]).sum() / tokens).backward()
+
     def entropies(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Of the model's own predictions for the same tokens, (tokens,), in nats: never more than over all tokens."""
         for row in rows:
@@ -69,16 +77,20 @@ class Teacher:
 
     def _predictions(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Log-probabilities (tokens, vocab) of the token after each that is no padding, row by row."""
+        for part in self._parts(rows):
+            part = [self.rows[row] for row in part]
+            inputs = {name: torch.cat([row[name] for row in part]).to(self.model.device) for name in part[0]}
+            logits = self.model(**inputs, use_cache=False).logits
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            for of_row, counts in zip(logits, mask):
+                yield of_row[counts].float().log_softmax(-1)
+
+    def _parts(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """`rows`, by those that are run together."""
         for (_, seq_len), same in groupby(rows, lambda row: self.rows[row]["input_ids"].shape):
             same = list(same)
             step = max(1, self._tokens // seq_len)
-            for start in range(0, len(same), step):
-                part = [self.rows[row] for row in same[start : start + step]]
-                inputs = {name: torch.cat([row[name] for row in part]).to(self.model.device) for name in part[0]}
-                logits = self.model(**inputs, use_cache=False).logits
-                mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-                for of_row, counts in zip(logits, mask):
-                    yield of_row[counts].float().log_softmax(-1)
+            yield from (same[start : start + step] for start in range(0, len(same), step))
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class PV:
             optimizer = RelativeAdamW(learnable(model, self.also), self.rate, self.steps)
             moves = [_CodeMoves(layer, self) for layer in layers.values()] if self.max_code_change else []
             for step, rows in enumerate(shuffled_rows(len(teacher.rows), self.batch_size, self.steps, self.seed)):
-                torch.cat([*teacher.divergences(rows)]).mean().backward()
+                teacher.backward(rows)
                 left = 1 - step / self.steps
                 targets = [move.target(self.code_rate * left) for move in moves]
                 optimizer.step()

@@ -173,7 +173,7 @@ class RestorativePreprocess:
             optimizer = RelativeAdamW(learnable(model, ()), self.rate, self.steps)
             order = shuffled_rows(len(teacher.rows), self.batch_size, self.steps, self.seed) if self.steps else ()
             for rows in order:
-                torch.cat([*teacher.divergences(rows)]).mean().backward()
+                teacher.backward(rows)
                 optimizer.step()
             return {name: layer.change for name, layer in chosen.items()}
 
