@@ -1,6 +1,6 @@
 """What a model predicted before its weights changed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -62,11 +62,16 @@ class Teacher:
             log_p, tokens = self._likeliest[row]
             yield _divergence(log_p, log_q.gather(-1, tokens))
 
-    def backward(self, rows: Sequence[int]) -> None:
-        """Add to the gradients those of the mean divergence of some rows; of all their logits a part is held at a time."""
+    def backward(self, rows: Sequence[int], loss: Callable[[Sequence[int]], Tensor] | None = None) -> None:
+        """Add to the gradients those of a mean over the tokens of some rows; of their logits a part is held at a time.
+
+        Args:
+            loss: of each token of the rows that it is given, (tokens,); None: their divergence.
+        """
         tokens = sum(len(self._likeliest[row].values) for row in rows)
         for part in self._parts(rows):
-            (torch.cat([*self.divergences(part)]).sum() / tokens).backward()
+            of_tokens = loss(part) if loss else torch.cat([*self.divergences(part)])
+            (of_tokens.sum() / tokens).backward()
 
     def entropies(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Of the model's own predictions for the same tokens, (tokens,), in nats: never more than over all tokens."""

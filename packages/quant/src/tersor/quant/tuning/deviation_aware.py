@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ class RecodedLinear(TrainableLinear):
 class DeviationAware:
     """Lowers the mean of E_t^gamma KL(p_t || q_t) over tokens, p before and q after quantising (arXiv:2402.11960).
 
-    E_t is the cross-entropy - sum p_t log q_t over its mean: large where teacher or student are in doubt. What is learnt
-    are the continuous parameters of the grids; codes are rounded anew for them at each step. The paper's second term,
-    the loss of the text itself, is left out: it would lead away from the model, to what little text there is.
+    E_t is the cross-entropy - sum p_t log q_t over its mean, over the sequences that are run together: large where teacher
+    or student are in doubt. What is learnt are the continuous parameters of the grids; codes are rounded anew for them at
+    each step. The paper's second term, the loss of the text itself, is left out: it would lead away from the model, to
+    what little text there is.
 
     Args:
         gamma: 0: all tokens count the same. In two blocks of tiny-lm, 80 steps take the divergence on other text from .245
@@ -86,11 +88,11 @@ class DeviationAware:
         with undone_unless_better(model, error), trainable(model, RecodedLinear):
             optimizer = RelativeAdamW(learnable(model, ()), self.rate, self.steps)
             for rows in shuffled_rows(len(teacher.rows), self.batch_size, self.steps, self.seed):
-                self.loss(teacher, rows).backward()
+                teacher.backward(rows, partial(self.loss, teacher))
                 optimizer.step()
 
     def loss(self, teacher: Teacher, rows: Sequence[int]) -> Tensor:
-        """Of some rows, in nats per token."""
+        """Of each token of some rows, (tokens,), in nats."""
         divergence, entropy = torch.cat([*teacher.divergences(rows)]), torch.cat([*teacher.entropies(rows)])
         doubt = (entropy + divergence).detach()
-        return ((doubt / doubt.mean()).pow(self.gamma) * divergence).mean()
+        return (doubt / doubt.mean()).pow(self.gamma) * divergence
