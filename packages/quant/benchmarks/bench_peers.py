@@ -119,5 +119,4 @@ def test_ours(name, model, bits, group_size, benchmark, subject):
     except NotImplementedError as error:
         pytest.skip(str(error))
 
-    # 8 sequences a step, as AutoRound's
-    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", partial(with_recipe, recipe, 8))
+    measure(benchmark, subject(model), widths(bits, group_size), f"ours: {name}", partial(with_recipe, recipe, model))

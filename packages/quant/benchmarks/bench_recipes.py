@@ -31,8 +31,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-# sequences for each step of what learns
-BATCH_SIZE = {"tiny-lm": 8, "gemma-3-270m": 2}
 # the paper's search reads some 10^8 tokens
 SHORT = Evolution(generations=40, offspring=16, survivors=(4, 2, 1), tokens=(256, 1024, 4096))
 
@@ -181,4 +179,4 @@ def test_original(name, benchmark, subject):
 
 @pytest.mark.parametrize(("model", "widths", "name", "recipe"), list(parameters(TINY + GEMMA)))
 def test_recipe(model, widths, name, recipe, benchmark, subject):
-    measure(benchmark, subject(model), widths, name, partial(with_recipe, recipe, BATCH_SIZE[model]))
+    measure(benchmark, subject(model), widths, name, partial(with_recipe, recipe, model))

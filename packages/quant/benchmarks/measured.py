@@ -14,6 +14,8 @@ from tersor.quant import Recipe, quantize
 from tersor.quant.linear import QuantizedLinear
 
 LENGTH = 256
+# sequences for each step of what learns
+BATCH_SIZE = {"tiny-lm": 8, "gemma-3-270m": 2}
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def measure(
     benchmark.extra_info |= row | losses(subject, model)
 
 
-def with_recipe(recipe: Recipe, batch_size: int, model: Any, calibration: Tensor) -> tuple[Any, float]:
-    """`quantise` of `measure`, of one of ours: so many sequences are seen by each step of what learns."""
+def with_recipe(recipe: Recipe, name: str, model: Any, calibration: Tensor) -> tuple[Any, float]:
+    """`quantise` of `measure`, of one of ours: steps for the whole model's predictions see as much as those of blocks."""
+    batch_size = BATCH_SIZE[name]
     tuning = tuple(replace(t, batch_size=batch_size) if hasattr(t, "batch_size") else t for t in recipe.tuning)
     model = quantize(model, replace(recipe, tuning=tuning), calibration.split(batch_size))
     return model, bits_per_weight(model)
