@@ -55,7 +55,7 @@ def rotated_learnt(bits: int, group_size: int) -> Recipe:
 
 
 def vectors(bits: int, group_size: int) -> Recipe:
-    """A byte for four weights, and codebooks of about .2 bits per weight: fewer than the others take with groups of 64."""
+    """A byte for four weights, and codebooks of at most .2 bits per weight: fewer than the others take in groups of 64."""
     if (bits, group_size) != (2, 64):
         raise NotImplementedError("codebooks of 256 vectors of 4 numbers are 2 bits")
     recipe = recipes.aqlm(1, 8, 4, steps=100)

@@ -133,7 +133,8 @@ KNOWN = {row.partition(",")[0] for row in ROWS}
 NEW = {name: {"": getattr(recipes, name)()} for name in recipes.__all__ if name not in KNOWN}
 TINY = [("tiny-lm", widths, name, recipe) for name, row in (ROWS | NEW).items() for widths, recipe in row.items()]
 # Gemma's weights were rounded in blocks of 32 before: groups as fine, or 8 bits, would find the old levels again. QuaRot
-# refuses its norms behind branches. What learns by gradients, or asks the whole model often, takes less of both here.
+# refuses its norms behind branches. What learns by gradients, or asks the whole model often, takes less of both here, and
+# SeedLM the short seeds alone.
 NOT_OF_GEMMA = {"fp8", "mxfp4", "nvfp4", "smoothquant", "smoothquant, static", "quarot", "quarot, asymmetric"}
 BRIEF = Evolution(generations=10, offspring=8, survivors=(2, 1), tokens=(512, 2048))
 SHORTER: dict[str, dict[str, Recipe]] = {
