@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tersor.quant import quantize, recipes
-
-from .measured import bits_per_weight
+from tersor.quant.linear import bits_per_weight
 
 CONFIGS = {
     "7B": LlamaConfig(),  # transformers' own

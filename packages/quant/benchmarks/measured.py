@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.quant import Recipe, quantize
-from tersor.quant.linear import QuantizedLinear
+from tersor.quant.linear import bits_per_weight
 
 LENGTH = 256
 # sequences for each step of what learns
@@ -79,13 +79,6 @@ def body(model: Any) -> list[nn.Linear]:
     """What is quantised of a dense model: all linears but the output head."""
     head = model.get_output_embeddings()
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-
-
-def bits_per_weight(model: Any) -> float:
-    """Of the quantised layers, everything counted."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return 8 * sum(layer.nbytes for layer in layers) / weights
 
 
 @torch.no_grad()

@@ -203,6 +203,15 @@ def test_tensors_of_another_grid_are_refused(saved):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
+@pytest.mark.parametrize("load", [AutoModelForCausalLM, AutoModel])
+def test_missing_tensors_are_named(load, saved):
+    """transformers alone would take what memory holds for codes."""
+    _, directory = saved
+    edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.codes"))
+    with pytest.raises(UnsupportedCheckpoint, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.codes, and lacks 1 in all"):
+        load.from_pretrained(directory)
+
+
 def test_a_quantised_checkpoint_is_not_quantised_again(saved):
     _, directory = saved
     with pytest.raises(ValueError, match="quantised already"):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tersor.quant import quantize, recipes
 from tersor.quant.linear import QuantizedLinear
@@ -31,6 +32,13 @@ except ValueError as error:
     print(error)
 quantize(model, recipes.gptq(4, 32), ids)
 save_file(model.state_dict(), f"{sys.argv[1]}/rank{distributed.get_rank()}.safetensors")
+experts = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/experts")
+try:
+    quantize(experts, recipes.gptq(4, 32), ids[:2, :2])
+except ValueError as error:
+    print(error)
+quantize(experts, recipes.gptq(4, 32), ids.split(1))
+save_file(experts.state_dict(), f"{sys.argv[1]}/experts{distributed.get_rank()}.safetensors")
 tuned = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 quantize(tuned, replace(recipes.gptq(2, 32), tuning=(BlockMSE(3), PV(3, 2))), ids)
 save_file(tuned.state_dict(), f"{sys.argv[1]}/tuned{distributed.get_rank()}.safetensors")
@@ -40,6 +48,12 @@ distributed.destroy_process_group()
 
 def test_two_processes_give_the_result_of_one(make_model, ids, tmp_path):
     make_model().save_pretrained(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    # so many that the first sequences of the processes are not sent to the same ones
+    experts = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=97, num_local_experts=12, num_experts_per_tok=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        MixtralForCausalLM(experts).save_pretrained(tmp_path / "experts")
     (tmp_path / "program.py").write_text(PROGRAM)
     rows = ids[:15]  # the processes get 8 and 7
     save_file({"ids": rows}, tmp_path / "ids.safetensors")
@@ -48,15 +62,17 @@ def test_two_processes_give_the_result_of_one(make_model, ids, tmp_path):
     run = subprocess.run([*command, str(tmp_path / "program.py"), str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("calibration has 1 sequences for 2 processes") == 2
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert run.stdout.count("saw no token of the calibration data") == 2
+    for kind in ("rank", "experts", "tuned"):
+        first, second = (load_file(tmp_path / f"{kind}{rank}.safetensors") for rank in range(2))
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()), kind
+    first = load_file(tmp_path / "rank0.safetensors")
     for name, layer in alone.named_modules():
         if isinstance(layer, QuantizedLinear):
             # sums in another order: hardly ever, a weight half-way between two levels falls to the other side
             assert (first[f"{name}.codes"] == layer.codes).float().mean() > 0.99, name
-    first, second = (load_file(tmp_path / f"tuned{rank}.safetensors") for rank in range(2))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert not torch.equal(first[norm := "model.layers.0.input_layernorm.weight"], make_model().state_dict()[norm])
+    tuned = load_file(tmp_path / "tuned0.safetensors")
+    assert not torch.equal(tuned[norm := "model.layers.0.input_layernorm.weight"], make_model().state_dict()[norm])
 
 
 ALLOCATING = """

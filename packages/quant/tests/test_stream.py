@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tersor.quant import quantize, recipes
@@ -220,6 +220,14 @@ def test_bad_sources_and_recipes_are_named_before_anything_is_written(source, ma
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled/pytorch_model.bin").touch()
     expect(ValueError, r"holds no model.safetensors .*, but pytorch_model.bin", tmp_path / "pickled", out, rtn)
+    quantize(make_model(), rtn).save_pretrained(tmp_path / "quantised")
+    expect(ValueError, "quantised is quantised already; start from the original", tmp_path / "quantised", out, rtn)
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes/config.json").write_bytes((source / "config.json").read_bytes())
+    codes = load_file(source / "model.safetensors")
+    codes["model.layers.1.mlp.up_proj.weight"] = codes["model.layers.1.mlp.up_proj.weight"].char()
+    save_file(codes, tmp_path / "codes/model.safetensors")
+    expect(ValueError, r"up_proj\.weight is torch.int8, as of a quantised checkpoint", tmp_path / "codes", out, rtn)
     broken = make_model()
     broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     broken.save_pretrained(tmp_path / "broken")

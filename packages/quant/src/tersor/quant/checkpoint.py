@@ -1,9 +1,11 @@
 """Checkpoints: transformers saves and loads quantised models by itself once our quantiser is registered with it."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
@@ -15,7 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.quant.experts import SeparateExperts, separate_experts
-from tersor.quant.linear import QuantizedLinear
+from tersor.quant.linear import QuantizedLinear, bits_per_weight
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme, to_dict
 
@@ -32,7 +34,7 @@ class TersorConfig(QuantizationConfigMixin):
     Args:
         schemes: how layers are stored: for each axis the piece's class under "type", and its fields.
         layers: name of each quantised layer -> index of its scheme in `schemes`.
-        recipe: what the model was quantised with, to be read by people.
+        recipe: what the model was quantised with, and to how many bits, to be read by people.
         experts: names of the modules whose experts have linears of their own.
 
     Raises:
@@ -63,12 +65,15 @@ class TersorQuantizer(HfQuantizer):
 
     requires_calibration = True  # only checkpoints are loaded: quantising is `quantize`'s work
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
         for name in self.quantization_config.experts:
             separate_experts(model.get_submodule(_name_in(model, name, nn.Module)))
         schemes = [_scheme(pieces) for pieces in self.quantization_config.schemes]
-        for name, index in self.quantization_config.layers.items():
-            name = _name_in(model, name)
+        expected = []
+        for stored_name, index in self.quantization_config.layers.items():
+            name = _name_in(model, stored_name)
             linear = model.get_submodule(name)
             layer = QuantizedLinear(
                 linear.in_features,
@@ -79,6 +84,8 @@ class TersorQuantizer(HfQuantizer):
                 linear.weight.dtype,
             )
             model.set_submodule(name, layer)
+            expected += [f"{stored_name}.{buffer}" for buffer in layer.layout()]
+        _check_complete(model, expected, checkpoint_files or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Those that rename; the others would make one tensor of all experts."""
@@ -87,7 +94,7 @@ class TersorQuantizer(HfQuantizer):
         return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        """Raises UnsupportedCheckpoint where transformers only reports that tensors are missing or do not fit."""
+        """Raises UnsupportedCheckpoint where transformers only reports that tensors do not fit."""
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 _check_buffers(name, layer)
@@ -119,6 +126,8 @@ def mark(model: Any, recipe: Recipe) -> Any:
     pieces = recipe.scheme.to_dict() | {"solver": to_dict(recipe.solver)}
     pieces["transforms"] = [to_dict(transform) for transform in recipe.transforms]
     pieces["tuning"] = [to_dict(tuning) for tuning in recipe.tuning]
+    pieces |= {"allocation": recipe.allocation and repr(recipe.allocation), "pad": recipe.pad}
+    pieces |= {"bits_per_weight": bits_per_weight(model), "version": version("tersor-quant")}
     experts = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
     if experts:
         # saved under the names that they have here: what they were loaded from had other tensors
@@ -157,6 +166,24 @@ def _name_in(model: Any, name: str, kind: type[nn.Module] = nn.Linear) -> str:
         except AttributeError:
             continue
     raise UnsupportedCheckpoint(f"the checkpoint quantises {name}, which is no linear of {type(model).__name__}")
+
+
+def _check_complete(model: Any, expected: Sequence[str], files: Sequence[str]) -> None:
+    """Raises UnsupportedCheckpoint where transformers only reports that tensors are missing, and takes any bytes for codes.
+
+    Files whose names are all others, as of models that transformers renames when it loads them, are left to it.
+    """
+    stored: set[str] = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, "pt") as opened:
+                stored.update(opened.keys())
+    prefix = f"{model.base_model_prefix}."
+    missing = [name for name in expected if stored.isdisjoint((name, name.removeprefix(prefix), prefix + name))]
+    if 0 < len(missing) < len(expected):
+        raise UnsupportedCheckpoint(
+            f"the checkpoint has no tensor {missing[0]}, and lacks {len(missing)} in all; save or copy it again"
+        )
 
 
 def _check_buffers(name: str, layer: QuantizedLinear) -> None:

@@ -22,6 +22,7 @@ from tersor.quant.calibration import (
 from tersor.quant.grid import Grid, IntGrid
 from tersor.quant.grid.narrowed import NarrowedIntGrid
 from tersor.quant.linear import QuantizedLinear, decoded
+from tersor.quant.processes import of_first_process
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme
 from tersor.quant.solver import relative_error
@@ -34,7 +35,8 @@ def layers_by_input(
     """The linears of `block` that share an input, and its moments now that those before them are replaced."""
     runs = block_passes(block, running, index)
     if runs:
-        groups = shared_inputs(found, runs[0][0]) if found else []
+        # those of one process: an expert that is called there may not be called in another's first batch
+        groups = of_first_process(shared_inputs(found, runs[0][0])) if found else []
     else:
         groups = [SharedInput([name], 0) for name in found]
     for names, calls in groups:

@@ -166,6 +166,12 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{said}"
 
 
+def bits_per_weight(model: nn.Module) -> float:
+    """Bits stored per weight of the model's quantised layers, everything counted."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    return 8 * sum(layer.nbytes for layer in layers) / sum(layer.in_features * layer.out_features for layer in layers)
+
+
 @contextmanager
 def decoded(module: nn.Module) -> Iterator[None]:
     """Inside, the quantised layers of `module` hold their weights decoded, float32, from their next call on.

@@ -1,6 +1,10 @@
 """Several processes, each with a part of the calibration data, where `torch.distributed` runs; else there is one."""
 
+from typing import TypeVar
+
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 
 def num_processes() -> int:
@@ -12,6 +16,14 @@ def over_processes(values: Tensor, operation: str = "SUM") -> Tensor:
     if num_processes() > 1:
         distributed.all_reduce(values, getattr(distributed.ReduceOp, operation))
     return values
+
+
+def of_first_process(value: T) -> T:
+    """What the first process holds, in all of them."""
+    held = [value]
+    if num_processes() > 1:
+        distributed.broadcast_object_list(held)
+    return held[0]
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ def quantize(
     Each layer is fitted to what it is given once all layers before it are quantised; layers that share an input are
     quantised together, and experts that share one parameter become linears each. Save with `save_pretrained`;
     `from_pretrained` loads the result wherever `tersor.quant` has been imported. Each new layer knows its
-    `relative_error`: of its outputs on the calibration data, or of its weights if the recipe needs no data. Where
-    `torch.distributed` runs, every process takes its part of the calibration data, and all end up with the same model.
+    `relative_error`: of its outputs on the calibration data, or of its weights if the recipe needs no data; as the
+    solver left it, before any tuning. Where `torch.distributed` runs, every process takes its part of the calibration
+    data, and all end up with the same model: let one of them save it.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from tersor.quant import quantize, recipes

@@ -17,6 +17,8 @@ from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
 _MANIFEST = "unfinished.json"
+# of weights that are no codes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Source:
     def files(self) -> dict[str, Path]:
         """The file that each tensor is in."""
         index, single = self.directory / _INDEX, self.directory / "model.safetensors"
-        if index.is_file():
-            return {name: self.directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        if not single.is_file():
+        # where there are both, transformers reads the single file
+        if single.is_file():
+            with safe_open(single, "pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        if not index.is_file():
             return {}
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        return {name: self.directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors([name])[name]
@@ -63,11 +66,13 @@ class Source:
         """SHA-256 of config and tensors.
 
         Raises:
-            ValueError: a tensor whose name is in `finite` holds NaN or infinity.
+            ValueError: a tensor whose name is in `finite` holds NaN or infinity, or codes of another quantiser.
         """
         digest, finite = hashlib.sha256((self.directory / "config.json").read_bytes()), set(finite)
         for name in sorted(self.files):
             tensor = self.tensor(name)
+            if name in finite and tensor.dtype not in _DTYPES:
+                raise ValueError(f"{name} is {tensor.dtype}, as of a quantised checkpoint; start from the original")
             if name in finite and not tensor.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity; mend the checkpoint, or name the layer in keep")
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -133,7 +138,7 @@ class Unfinished:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what belongs to the tokenizer of a checkpoint."""
-    for pattern in ("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*"):
+    """Copy what belongs to the tokenizer of a checkpoint, and to the processor of one that sees or hears."""
+    for pattern in ("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*", "*processor_config.json"):
         for path in source.glob(pattern):
             shutil.copyfile(path, target / path.name)

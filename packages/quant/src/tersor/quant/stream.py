@@ -131,6 +131,8 @@ def quantize_checkpoint(
 def _skeleton(source: Source) -> Any:
     """The model with parameters on the meta device; buffers that it computes for itself are there."""
     config = AutoConfig.from_pretrained(source.directory)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{source.directory} is quantised already; start from the original")
     dtype = config.dtype or source.tensor(next(iter(source.files))).dtype
     register = nn.Module.register_parameter
 

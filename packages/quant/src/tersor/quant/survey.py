@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,7 @@ from tersor.quant.blocks import find_blocks, linears, matches
 from tersor.quant.calibration import batches, num_tokens, own_part
 from tersor.quant.grid import Grid
 from tersor.quant.linear import QuantizedLinear
-from tersor.quant.processes import num_processes
+from tersor.quant.processes import over_processes
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme
 
@@ -65,7 +66,8 @@ def all_called(found: list[dict[str, nn.Linear]]) -> Iterator[Mapping[nn.Linear,
 
     Inside, those that are still to be called, and their names.
     """
-    waiting = {linear: name for layers in found for name, linear in layers.items()}
+    names = {linear: name for layers in found for name, linear in layers.items()}
+    waiting = dict(names)
 
     def note(linear: nn.Linear, arguments: tuple[Any, ...]) -> None:
         if arguments[0].numel():
@@ -77,9 +79,12 @@ def all_called(found: list[dict[str, nn.Linear]]) -> Iterator[Mapping[nn.Linear,
     finally:
         for handle in handles:
             handle.remove()
-    # of several processes, another one may have met it
-    if waiting and num_processes() == 1:
-        raise ValueError(no_token(next(iter(waiting.values()))))
+    if names:
+        # of several processes, another one may have met it
+        called = torch.tensor([linear not in waiting for linear in names], device=next(iter(names)).weight.device)
+        called = over_processes(called.int(), "MAX").tolist()
+        for name in (name for name, met in zip(names.values(), called) if not met):
+            raise ValueError(no_token(name))
 
 
 def no_token(name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tersor.quant.blocks import find_blocks, linears
 from tersor.quant.calibration import BlockInputs, block_inputs, shared_inputs, token_rows
 from tersor.quant.grid.protocol import Grid
-from tersor.quant.processes import over_processes
+from tersor.quant.processes import of_first_process, over_processes
 from tersor.quant.transform.fold import Pair, find_pairs, norms
 from tersor.quant.transform.protocol import UnsupportedFold
 from tersor.quant.transform.rotation import close, trial_ids
@@ -83,7 +83,8 @@ class PermuteIntermediate:
     def _found(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> dict[nn.Linear, list[nn.Linear]]:
         """Linears, and those before them whose outputs may come in any order."""
         of_block, run = linears(block), partial(inputs[0].run, index, block)
-        groups = [[of_block[name] for name in names] for names, calls in shared_inputs(of_block, run) if calls]
+        called = of_first_process(shared_inputs(of_block, run))
+        groups = [[of_block[name] for name in names] for names, calls in called if calls]
         found = {}
         for i, group in enumerate(groups):
             for reader in (linear for later in groups[i + 1 :] for linear in later):
