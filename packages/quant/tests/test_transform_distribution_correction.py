@@ -107,11 +107,11 @@ def test_the_loss_is_never_above_that_at_the_start(grid, make_model, ids):
     losses: list[float] = []
     learn = DistributionCorrection._learn
 
-    def watched(self, layers, loss, batches, index):
+    def watched(self, layers, loss, inputs, index):
         with torch.no_grad():
-            losses.append(float(sum(loss(batch) for batch in range(batches))))
-            learn(self, layers, loss, batches, index)
-            losses.append(float(sum(loss(batch) for batch in range(batches))))
+            losses.append(float(sum(loss(batch) for batch in range(len(inputs)))))
+            learn(self, layers, loss, inputs, index)
+            losses.append(float(sum(loss(batch) for batch in range(len(inputs)))))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistributionCorrection, "_learn", watched)

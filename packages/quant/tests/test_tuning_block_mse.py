@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from tersor.quant import Recipe, quantize
+from tersor.quant.activation import IntActivation
 from tersor.quant.calibration import BlockInputs, block_inputs
+from tersor.quant.compensation import LowRank
 from tersor.quant.grid import AdditiveGrid, FloatGrid, GaussianPairGrid, IntGrid, KMeansGrid, NVFP4Grid, SeedGrid
 from tersor.quant.linear import QuantizedLinear
-from tersor.quant.tuning import BlockMSE
+from tersor.quant.solver import GPTQ
+from tersor.quant.tuning import BlockMSE, BlockReconstruction, LearnedClip, trainable
 
 GRIDS = [
     IntGrid(3, 32),
@@ -113,6 +116,60 @@ def test_small_steps_are_not_lost_in_bfloat16(make_model, ids):
     assert not torch.equal(tuned.block.input_layernorm.weight, norm)
     assert tuned.error(tuned.inputs, tuned.dense) < before
     assert tuned.block.input_layernorm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "tuning", [SHORT, BlockReconstruction(steps=60), LearnedClip(steps=20)], ids=lambda t: type(t).__name__
+)
+def test_float16_learns_as_much_as_float32(tuning, make_model, ids):
+    """Of an error over all outputs, that of one is less than what float16 holds."""
+    gains = []
+    for dtype in (torch.float32, torch.float16):
+        model = make_model("llama", dtype)
+        # as large as in the later blocks of models of billions
+        model.model.embed_tokens.weight.data *= 100
+        exact, batches = copy.deepcopy(model), list(ids.split(4))
+        losses = []
+        for tunings in ((), (tuning,)):
+            quantised = quantize(copy.deepcopy(model), Recipe(IntGrid(2, 32), tuning=tunings), batches)
+            difference = block_outputs(quantised, ids) - block_outputs(exact, ids)
+            losses.append(float(difference.float().square().sum()))
+        gains.append(losses[1] / losses[0])
+    assert gains[0] < 0.98
+    assert 1 - gains[1] > 0.8 * (1 - gains[0])
+
+
+@torch.no_grad()
+def block_outputs(model, ids) -> Tensor:
+    return model(ids, output_hidden_states=True).hidden_states[-2]
+
+
+def test_what_is_trained_is_what_will_run(make_model, ids):
+    """What makes up for the weight's error is given the inputs as they are, the weight those that are rounded."""
+    grid, pieces = IntGrid(2, 32), {"activation": IntActivation(4), "compensation": LowRank(16)}
+    model = quantize(make_model(), Recipe(grid, GPTQ(), **pieces), ids)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with trainable(model):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_linears_that_are_kept_stay_and_all_remain_as_trainable_as_they_were(make_model, ids):
+    for tuning in (SHORT, LearnedClip(steps=2)):
+        model = make_model("qwen2")
+        before = copy.deepcopy(model.model.layers[1].self_attn.q_proj)
+        wanted = {name: p.requires_grad for name, p in model.named_parameters() if name.endswith("bias")}
+        assert wanted
+        quantize(model, Recipe(IntGrid(2, 32), tuning=(tuning,)), ids, keep=["layers.1.self_attn"])
+        kept = model.model.layers[1].self_attn.q_proj
+        assert torch.equal(kept.bias, before.bias)
+        assert torch.equal(kept.weight, before.weight)
+        assert {name: p.requires_grad for name, p in model.named_parameters() if name.endswith("bias")} == wanted
+
+
+def test_a_block_that_is_kept_whole_may_still_learn_its_norms(make_model, ids):
+    model, tuning = make_model(), BlockReconstruction(steps=3, warm_up=0.0, also=("*norm",))
+    quantize(model, Recipe(IntGrid(3, 32), tuning=(tuning,)), ids, keep=["layers.1"])
 
 
 def test_the_seed_alone_decides(make_model, ids):

@@ -112,7 +112,7 @@ class DistributionCorrection:
             return torch.as_tensor(total)
 
         with _standing_in(block, layers):
-            self._learn(layers, loss, len(inputs), index)
+            self._learn(layers, loss, inputs, index)
         # as it was seen: the change of the weight, then the scale of its columns, then the clip
         for layer in layers.values():
             layer.linear.weight.copy_(layer.moved())
@@ -131,8 +131,16 @@ class DistributionCorrection:
         smooth, maxima = Smooth(self.alpha), channel_maxima(pairs, block, inputs, index)
         return [(pair, nn.Parameter(smooth.scale(pair, largest).log())) for pair, largest in zip(pairs, maxima)]
 
-    def _learn(self, layers: Mapping[str, "_Layer"], loss: Callable[[int], Tensor], batches: int, index: int) -> None:
+    def _learn(
+        self,
+        layers: Mapping[str, "_Layer"],
+        loss: Callable[[int], Tensor],
+        inputs: Sequence[BlockInputs],
+        index: int,
+    ) -> None:
         """Leave in `layers` the best of what epochs end with."""
+        # AdamW does not care for a factor; but gradients of an error over all outputs are lost in float16
+        batches, outputs = len(inputs), inputs[0].hidden.numel()
         rates = {"log_scale": self.smoothing_rate, "low": self.clip_rate, "high": self.clip_rate}
         # readers of one input share a scale
         found = {
@@ -159,7 +167,7 @@ class DistributionCorrection:
         for step in range(steps):
             with torch.enable_grad():
                 # an expert may see none of the batch's tokens
-                gradients = torch.autograd.grad(loss(step % batches), parameters, allow_unused=True)
+                gradients = torch.autograd.grad(outputs * loss(step % batches), parameters, allow_unused=True)
             for group, p, gradient in zip(optimiser.param_groups, parameters, gradients):
                 p.grad = over_processes(torch.zeros_like(p) if gradient is None else gradient)
                 group["lr"] = found[p] * (1 - step / steps)

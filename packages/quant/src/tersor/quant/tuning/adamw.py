@@ -61,8 +61,17 @@ class RelativeAdamW:
 
 
 def learnable(module: nn.Module, also: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """The parameters that have gradients, and those that `also` names (as in `keep`), which from now on do."""
-    found = {name: p for name, p in module.named_parameters() if p.requires_grad or matches(name, also)}
+    """The parameters that have gradients, and those that `also` names (as in `keep`), which from now on do.
+
+    A plain linear must be named itself: "bias" does not mean that of a linear that was to stay as it is.
+    """
+    plain = {name for name, linear in module.named_modules() if isinstance(linear, nn.Linear)}
+
+    def is_named(name: str) -> bool:
+        owner = name.rpartition(".")[0]
+        return matches(owner if owner in plain else name, also)
+
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad or is_named(name)}
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found

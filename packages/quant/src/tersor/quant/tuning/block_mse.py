@@ -79,8 +79,10 @@ class BlockMSE:
             )
             if not optimizer.parameters:
                 return
+            # AdamW does not care for a factor; but gradients of an error over all outputs are lost in float16
+            outputs = inputs[0].hidden.numel()
             for step, batch in enumerate(shuffled(len(inputs), self.steps, self.seed)):
-                (loss(batch) + self.penalty(layers, step / self.steps)).backward()
+                (outputs * (loss(batch) + self.penalty(layers, step / self.steps))).backward()
                 optimizer.step()
 
     def distance(self, output: Tensor, target: Tensor) -> Tensor:

@@ -48,5 +48,5 @@ class BlockReconstruction(BlockMSE):
         if progress < self.warm_up:
             return 0.0
         beta = 2 + 18 * (1 - (progress - self.warm_up) / (1 - self.warm_up))
-        h = torch.cat([of.h.flatten() for of in layers.values() if isinstance(of, SoftlyRoundedLinear)])
-        return self.strength * (1 - (2 * h - 1).abs().pow(beta)).mean()
+        soft = [of.h.flatten() for of in layers.values() if isinstance(of, SoftlyRoundedLinear)]
+        return self.strength * (1 - (2 * torch.cat(soft) - 1).abs().pow(beta)).mean() if soft else 0.0

@@ -46,12 +46,12 @@ class TrainableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (layer,) = self.layer
         scheme = layer.scheme
-        h = layer.transformed(x)
+        rounded = h = layer.transformed(x)
         if scheme.activation:
             # straight through: as if nothing had been rounded
-            h = h + (scheme.activation.quantise(h) - h).detach()
+            rounded = h + (scheme.activation.quantise(h) - h).detach()
         weight = self.weight if self.offset is None else self.weight + self.offset
-        y = F.linear(h, weight.to(h.dtype))
+        y = F.linear(rounded, weight.to(h.dtype))
         if scheme.compensation:
             y = scheme.compensation.add(y, h, layer.stored("compensation"))
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -73,8 +73,8 @@ class TrainableLinear(nn.Module):
 @contextmanager
 def trainable(module: nn.Module, kind: type[TrainableLinear] = TrainableLinear) -> Iterator[dict[str, TrainableLinear]]:
     """Inside, the quantised layers of `module` are trainable, by name; afterwards they hold what was learnt."""
-    layers = {name: kind(m) for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
     requires_grad = {p: p.requires_grad for p in module.parameters()}
+    layers = {name: kind(m) for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
     module.requires_grad_(False)
     for name, layer in layers.items():
         module.set_submodule(name, layer)
