@@ -1,13 +1,25 @@
 """The Hadamard transform: orthonormal, its own inverse, the same from every body."""
 
+import hashlib
+
 import pytest
 import torch
 
 from tersor.kernels import backend, hadamard
-from tersor.kernels.hadamard.matrix import is_order
+from tersor.kernels.hadamard.matrix import hadamard_matrix, is_order
 
-# every power of two, then one order of each construction (Paley I: 12, 20, 44; Paley II: 28, 36, 76), alone and times 2^k
-ORDERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 12, 20, 28, 36, 44, 76, 24, 160, 896]
+# every power of two, then orders of each construction (Paley I: 12, 20, 44; Paley II: 28, 36, 76, of the squares of
+# primes: 52, 100; propus: 156, 172), alone and times 2^k
+ORDERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 12, 20, 28, 36, 44, 76, 52, 100, 156, 172, 24, 160, 896, 208, 1376]
+# what larger orders are made of
+BASES = [order for order in range(4, 257, 8) if is_order(order)]
+# order:digest of the signs of each of them, as bytes
+DIGESTS = """
+    4:14edb060 12:6361e31c 20:de9a17dd 28:a24c9c59 36:1a7aed2f 44:f7e1567a 52:40fafe37 60:fd9db4dd 68:c134bcdc
+    76:290dc2c5 84:8fa8e2be 100:90fc68f7 108:53c898e0 124:afa026e6 132:21e8401e 140:73f47d03 148:1a8964df
+    156:d781e06c 164:604f5de8 172:d322f10c 180:9d2f60f7 196:1a89befa 204:53e0e2c5 212:d3747fe3 220:f0261f6d
+    228:22d3e0bd 244:48c1b138 252:bdbda38d
+"""
 # relative error of one rounding
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -34,6 +46,30 @@ def test_matrix_is_symmetric_orthogonal_and_plus_minus_one(order):
     torch.testing.assert_close(H @ H.T, order * torch.eye(order, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+def signs(order):
+    H = hadamard_matrix(order, torch.float64, torch.device("cpu")) * order**0.5
+    return H.round().to(torch.int64)
+
+
+@pytest.mark.parametrize("order", BASES)
+def test_bases_are_symmetric_and_orthogonal_to_the_last_bit(order):
+    H = signs(order)
+    assert H.abs().eq(1).all()
+    assert torch.equal(H, H.T)
+    assert torch.equal(H @ H.T, order * torch.eye(order, dtype=torch.int64))
+
+
+def test_all_bases_up_to_256_but_four_are_built():
+    """Propus arrays of these four are known as well (arXiv:2101.05429), but not built."""
+    assert [order for order in range(4, 257, 8) if order not in BASES] == [92, 116, 188, 236]
+
+
+def test_bases_stay_what_they_are():
+    """Checkpoints hold a seed and not the matrix: another one of the same order would make noise of their weights."""
+    digests = (hashlib.sha256(signs(order).to(torch.int8).numpy().tobytes()).hexdigest() for order in BASES)
+    assert [f"{order}:{digest[:8]}" for order, digest in zip(BASES, digests, strict=True)] == DIGESTS.split()
+
+
 @pytest.mark.parametrize("order", [1, 2, 8, 64])
 def test_powers_of_two_are_sylvesters(body, order):
     H = hadamard(torch.eye(order)) * order**0.5
@@ -53,7 +89,7 @@ def test_error_is_one_rounding(body, generator, order, dtype):
     assert (y.double() - expected).norm() <= bound * x.double().norm()
 
 
-@pytest.mark.parametrize("order", [2048, 4096, 2**14])
+@pytest.mark.parametrize("order", [2048, 4096, 5504, 11008, 2**14])
 def test_large_orders(body, generator, order):
     x = torch.randn(2, order, generator=generator)
     with backend("reference"):
@@ -103,10 +139,10 @@ def test_result_is_never_the_input(body):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"no Hadamard matrix of order 11008 .* largest block .* block_size = 256"):
-        hadamard(torch.ones(2, 11008))
-    with pytest.raises(ValueError, match=r"largest block that divides n = 100 is block_size = 20"):
-        hadamard(torch.ones(2, 100))
+    with pytest.raises(ValueError, match=r"no Hadamard matrix of order 11776 .* largest block .* block_size = 512"):
+        hadamard(torch.ones(2, 11776))
+    with pytest.raises(ValueError, match=r"largest block that divides n = 460 is block_size = 20"):
+        hadamard(torch.ones(2, 460))
     with pytest.raises(ValueError, match="block_size = 32 does not divide x's last dimension, n = 48"):
         hadamard(torch.ones(48), 32)
     for block_size in (0, -4):
@@ -132,15 +168,19 @@ def test_widths_of_common_models_are_orders():
         2048,
         2560,
         3072,
+        3200,
         3584,
         4096,
         4864,
         5120,
+        5504,
         6912,
         8960,
+        11008,
         13824,
         14336,
         18944,
+        25600,
         28672,
     ]
     assert [n for n in widths if not is_order(n)] == []

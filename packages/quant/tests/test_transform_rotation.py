@@ -12,6 +12,7 @@ from tersor.quant.activation import IntActivation
 from tersor.quant.grid import IntGrid
 from tersor.quant.linear import QuantizedLinear
 from tersor.quant.transform import (
+    Butterfly,
     Hadamard,
     ModelTransform,
     OnlineTransform,
@@ -36,7 +37,8 @@ def assert_same_logits(model, before: Tensor, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "order"), [(640, 640), (1536, 1536), (2048, 2048), (48, 48), (96, 96), (22, 2), (5504, 128), (11008, 256)]
+    ("width", "order"),
+    [(640, 640), (1536, 1536), (2048, 2048), (48, 48), (96, 96), (22, 2), (5504, 5504), (11008, 11008), (11776, 512)],
 )
 def test_hadamard_is_orthogonal_and_undone(width, order, generator):
     """Of the whole width where there is a matrix of that order, else in blocks of a power of two."""
@@ -87,6 +89,14 @@ def test_bad_blocks_are_named(make_model):
         Hadamard(7)
     with pytest.raises(ValueError, match=r"in = 64 is not a multiple of block_size = 128"):
         quantize(make_model("llama"), Recipe(IntGrid(4, 32), transforms=(Hadamard(128),)))
+
+
+def test_a_name_that_no_layer_has_is_refused(make_model):
+    for transform in (Hadamard(layers=("down_porj",)), Butterfly(layers=("o_proj", "w2"))):
+        with pytest.raises(ValueError, match=f"called '{transform.layers[-1]}', but there are only model.layers.0"):
+            quantize(make_model(), Recipe(IntGrid(4, 32), transforms=(transform,)))
+    # but one that is kept is there
+    quantize(make_model(), Recipe(IntGrid(4, 32), transforms=(Hadamard(layers=("q_proj",)),)), keep=["q_proj"])
 
 
 def test_only_the_named_layers_are_rotated_at_run_time(make_model):

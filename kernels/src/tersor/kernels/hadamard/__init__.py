@@ -20,8 +20,8 @@ def _check(x: Tensor, block_size: int | None = None) -> None:
     block = n if block_size is None else int(block_size)
     if block and not is_order(block):
         raise ValueError(
-            f"hadamard: no Hadamard matrix of order {block} is built in (2^k, and 12, 20, 28 and other 4 (q + 1) "
-            f"times 2^k are); the largest block that divides n = {n} is block_size = {largest_block(n)}"
+            f"hadamard: no Hadamard matrix of order {block} is built in (2^k, and 12, 20, 28 and others up to "
+            f"252 times 2^k are); the largest block that divides n = {n} is block_size = {largest_block(n)}"
         )
 
 
@@ -49,8 +49,9 @@ def hadamard(x: Tensor, block_size: int | None = None) -> Tensor:
     """x H / sqrt(block_size) over blocks of the last dimension of `x` (..., n); H has entries +1 and -1, H H^T = n I.
 
     The transform is orthonormal and its own inverse and gradient: every H used is symmetric. For block_size = 2^k, H is
-    Sylvester's, H[i, j] = (-1)^popcount(i & j); for base * 2^k with base = 12, 20, 28, 36, ... it is the Kronecker
-    product of a Paley matrix of order `base` (primes only, up to 256) with Sylvester's of order 2^k.
+    Sylvester's, H[i, j] = (-1)^popcount(i & j); for base * 2^k with base = 12, 20, 28, 36, ..., 252 it is the Kronecker
+    product of a matrix of order `base` (Paley's where there is one, else of the propus array: 156, 172) with Sylvester's
+    of order 2^k.
 
     Computed in float32 (float64 for float64) and rounded once to x's dtype: relative error (2-norm) <= 1e-6 in float32,
     2^-8 in bfloat16, 2^-11 in float16, where results above 65504 overflow to infinity.

@@ -21,7 +21,7 @@ from tersor.quant.linear import QuantizedLinear, bits_per_weight
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme, to_dict
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class UnsupportedCheckpoint(ValueError):

@@ -177,6 +177,11 @@ def signs(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def _order(n: int) -> int:
+    """n, or the largest power of two in it.
+
+    Checkpoints do not hold it: where `is_order` learns a new order, inputs of that width that were rotated in blocks of
+    n & -n are to be quantised again.
+    """
     return n if is_order(n) else n & -n
 
 
