@@ -14,6 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tersor.quant.blocks import linears
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -60,6 +62,12 @@ def make_model():
             return model
 
     return make
+
+
+@pytest.fixture
+def all_on():
+    """The same grid for every linear of a module."""
+    return lambda module, grid: dict.fromkeys(linears(module).values(), grid)
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ def fitted(x) -> BlockMixedActivation:
 def test_blocks_with_outliers_are_found(x, fitted):
     assert fitted.high_groups == (1, 3)
     assert MIXED.fit(torch.ones(64)).high_groups == ()
+    # zeros that are added are none of the channels
+    assert MIXED.fit(torch.ones(8), 8).high_groups == ()
     # a dead median: whatever is not zero sticks out
     assert MIXED.fit(torch.eye(64)[20]).high_groups == (1,)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from tersor.quant import Recipe, quantize, recipes
 from tersor.quant.allocation import (
@@ -97,6 +98,21 @@ def test_the_same_loss_twice(loss, make_model, ids):
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != OutputError()], ids=named)
 def test_without_data_losses_come_from_weights_or_random_tokens(loss, make_model):
     assert all(min(of_layer) > 0 for of_layer in losses(loss, make_model(), RTN, None).values())
+
+
+def test_random_text_is_of_the_embeddings_tokens(make_model):
+    """Configs of models that also see have no vocab_size."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8, "model_type": "siglip_vision_model"}
+    text = make_model("gemma3").config.to_dict()
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    assert not hasattr(config, "vocab_size")
+    model = Gemma3ForConditionalGeneration(config).eval()
+    grids = [IntGrid(bits, 16) for bits in (2, 4)]
+    found = DynamicProgram(LayerDivergence(tokens=256)).allocate(
+        model, grids, recipes.rtn(4, 16), None, 3.5, keep=["vision_tower", "multi_modal_projector"]
+    )
+    assert set(found.values()) <= set(grids)
 
 
 def test_output_errors_need_data(make_model):

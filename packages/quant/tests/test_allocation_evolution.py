@@ -1,6 +1,7 @@
 """Axis allocation, EvoPress: its search on problems whose optimum is known."""
 
 import itertools
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -46,6 +47,19 @@ def test_the_planted_optimum_of_24_layers_is_found_within_100_generations(seed):
     assert target != (1,) * len(SIZES)
     search = Evolution(generations=100, tokens=(1, 1, 1), seed=seed).search(COSTS, UNIFORM, distance_to(target))
     assert target in itertools.islice(search, 101)
+
+
+def test_a_state_that_overflows_is_never_a_parent():
+    """NaN compares as neither more nor less."""
+    target = planted(random.Random(0))
+    finite = distance_to(target)
+
+    def fitness(states, tokens):
+        return [math.nan if 3 in state else value for state, value in zip(states, finite(states, tokens))]
+
+    *_, last = SMALL.search(COSTS, UNIFORM, fitness)
+    assert 3 not in last
+    assert last != (1,) * len(SIZES)
 
 
 @pytest.mark.parametrize("budget", [UNIFORM, UNIFORM + 7])

@@ -208,7 +208,9 @@ def test_missing_tensors_are_named(load, saved):
     """transformers alone would take what memory holds for codes."""
     _, directory = saved
     edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.codes"))
-    with pytest.raises(UnsupportedCheckpoint, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.codes, and lacks 1 in all"):
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.codes, and lacks 1 in all"
+    ):
         load.from_pretrained(directory)
 
 

@@ -152,6 +152,14 @@ def relative(bare, first, ids, make_model):
     return float((dense - without).square().sum() / dense.square().sum())
 
 
+def test_of_a_few_weights_one_is_kept_and_none_is_lost_beyond_float16():
+    error = torch.arange(32.0).view(4, 8)
+    piece, stored = SparseOutliers(0.01).fit(error, None)
+    assert piece.decode(stored, (4, 8)).flatten().tolist() == [0] * 31 + [31]
+    with pytest.raises(ValueError, match="outliers up to 7e\\+04 are beyond float16"):
+        SparseOutliers(0.1).fit(torch.full((4, 8), 7e4), None)
+
+
 def test_what_does_not_suit_is_refused():
     with pytest.raises(ValueError, match=r"rank = 32 is beyond that of a weight \(64, 16\); use at most 16"):
         LowRank(32).check(64, 16)

@@ -48,7 +48,13 @@ distributed.destroy_process_group()
 
 def test_two_processes_give_the_result_of_one(make_model, ids, tmp_path):
     make_model().save_pretrained(tmp_path)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
     # so many that the first sequences of the processes are not sent to the same ones
     experts = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=97, num_local_experts=12, num_experts_per_tok=1)
     with torch.random.fork_rng():

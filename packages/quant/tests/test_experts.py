@@ -121,6 +121,21 @@ def _without(expert: int, output):
     return logits, weights, torch.where(chosen == expert, (chosen + 2) % 4, chosen)
 
 
+@torch.no_grad()
+def test_what_is_refused_leaves_the_model_as_it_was(model, ids, tmp_path):
+    before, logits = copy.deepcopy(model.state_dict()), model(ids).logits
+    kinds = [type(module) for module in model.modules()]
+    for recipe, data in ((recipes.rtn(4, 48), None), (recipes.gptq(4, 32), None), (recipes.gptq(4, 32), ids[:1, :1])):
+        with pytest.raises(ValueError, match="is not a multiple|learns from data|saw no token"):
+            quantize(model, recipe, data)
+    assert [type(module) for module in model.modules()] == kinds
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+
+
 def test_layers_with_few_tokens_are_said_to_have_few(ids):
     with pytest.warns(UserWarning, match=r"gate_up_proj\.\d saw only \d+ tokens, fewer than its 64 inputs"):
         quantize(make("mixtral"), recipes.gptq(4, 32), ids[:4, :16])

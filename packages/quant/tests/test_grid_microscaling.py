@@ -85,5 +85,8 @@ def test_formats_stand_in_the_order_of_their_gaussian_errors(generator):
 
 
 def test_rules_are_checked():
+    for grid in (MXFP4Grid, NVFP4Grid):
+        with pytest.raises(ValueError, match="group_size must be positive"):
+            grid(group_size=0)
     with pytest.raises(ValueError, match="rule must be"):
         MXFP4Grid("ceil")

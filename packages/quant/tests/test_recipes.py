@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from tersor.quant import Recipe, quantize, recipes
 from tersor.quant.allocation import Evolution
-from tersor.quant.grid import IntGrid
+from tersor.quant.grid import IntGrid, NormalFloatGrid, SignLowRankStack
 from tersor.quant.linear import QuantizedLinear
 from tersor.quant.solver import GPTQ, RTN
+from tersor.quant.tuning import PV, BlockReconstruction, LearnedClip, LearnedStep, StraightThrough
 
 LENGTH = 256
 
@@ -24,6 +25,25 @@ def test_the_recipes_pick_their_pieces():
     assert recipes.rtn(3, None, symmetric=True) == Recipe(IntGrid(3, None, symmetric=True), RTN())
     assert recipes.gptq() == Recipe(IntGrid(4, 64), GPTQ())
     assert recipes.gptq(8, 32, True, "none", 0.1) == Recipe(IntGrid(8, 32, symmetric=True), GPTQ(0.1, "none"))
+
+
+@pytest.mark.parametrize("make", [recipes.evopress, recipes.calibtip, recipes.ohq], ids=lambda make: make.__name__)
+def test_mixed_grids_have_one_below_and_one_above(make):
+    assert [grid.bits for grid in make(2).allocation.grids] == [1, 2, 3]
+    for bits in (1, 8):
+        with pytest.raises(ValueError, match=f"bits must be 2 to 7.*, got {bits}"):
+            make(bits)
+
+
+def test_tunings_that_need_levels_or_codes_are_refused_before_any_work():
+    for tuning in (LearnedStep(), LearnedClip(), BlockReconstruction()):
+        with pytest.raises(
+            TypeError, match=f"{type(tuning).__name__} needs evenly spaced levels, which NormalFloatGrid"
+        ):
+            Recipe(NormalFloatGrid(32), tuning=(tuning,))
+    for tuning in (PV(), StraightThrough()):
+        with pytest.raises(TypeError, match="moves codes of neighbours in a row, which those of SignLowRankStack"):
+            Recipe(SignLowRankStack(2, 4), tuning=(tuning,))
 
 
 EVERY = [getattr(recipes, name) for name in recipes.__all__]

@@ -149,17 +149,21 @@ def test_gptq_has_much_less_output_error_than_rounding_on_correlated_inputs(orde
 @every_order
 def test_the_error_is_within_the_bound_of_the_nearest_plane(order, generator):
     """Each step adds (w - q)^2 / U_jj^2, and w is at most half a scale from q: unless a code stopped at the last level."""
-    weight, grid, H = torch.randn(32, 24, generator=generator, dtype=EXACT), IntGrid(6, None), correlated(24, generator)
+
+    class Wide(IntGrid):
+        """Levels to spare at both ends."""
+
+        def fit(self, weight):
+            return super().fit(3 * weight)
+
+    weight, grid, H = torch.randn(32, 24, generator=generator, dtype=EXACT), Wide(6, None), correlated(24, generator)
     result = GPTQ(order=order).solve(weight, grid, H)
-    inside = ((result.codes > 0) & (result.codes < 2**6 - 1)).all(-1)
-    inside |= objective(weight, result, grid, damped(H)) == 0
+    assert ((result.codes > 0) & (result.codes < 2**6 - 1)).all()
     perm = H.diagonal().argsort(descending=True, stable=True) if order != "none" else torch.arange(24)
     U = torch.linalg.cholesky(damped(H)[perm][:, perm].inverse(), upper=True)
     bound = result.params.scale.double()[:, 0].square() / 4 * U.diagonal().pow(-2).sum()
     error = objective(weight, result, grid, damped(H))
-    # the extremes of a row lie on the outermost levels: few rows stay clear of them
-    assert (error <= bound * (1 + 1e-9))[inside].all()
-    assert (error <= bound * 2).all()
+    assert (error <= bound * (1 + 1e-9)).all()
 
 
 @every_order

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersor.quant.grid import BilevelInt, IntGrid, NormalFloatGrid, NVFP4Grid
+from tersor.quant.grid import BilevelInt, FloatGrid, IntGrid, NormalFloatGrid, NVFP4Grid
 from tersor.quant.solver import GPTQ, RTN, ClipSearch, relative_error
 
 METRICS = ("weight", "diagonal", "outputs")
@@ -79,6 +79,12 @@ def test_gptq_without_correlations_is_clip_search(order, metric, generator):
         alone, together = clip.solve(weight, grid, H), GPTQ(order=order, clip=clip).solve(weight, grid, H)
         assert torch.equal(together.codes, alone.codes)
         assert all(torch.equal(a, b) for a, b in zip(together.params, alone.params))
+
+
+@pytest.mark.parametrize("grid", [FloatGrid("e2m1", 16, rows=None), FloatGrid("e2m1", 16, rows=4)], ids=str)
+def test_ranges_that_rows_share_are_none_to_search(grid, generator):
+    with pytest.raises(TypeError, match=r"rows share the ranges of FloatGrid.*; use RTN\(\)"):
+        ClipSearch().solve(torch.randn(16, 64, generator=generator), grid, None)
 
 
 def test_it_refuses_what_it_cannot_search(generator):

@@ -35,6 +35,11 @@ def test_without_a_threshold_the_weight_is_kept(layer):
     torch.testing.assert_close(BilevelInt().decode(codes, params) + rest, weight)
 
 
+@pytest.mark.parametrize("grid", [BilevelInt(), IntGrid(3, 16)], ids=str)
+def test_rows_that_are_all_alike_have_no_outliers(grid):
+    assert not SpQR().solve(torch.full((16, 32), 0.1234567), grid, torch.eye(32, dtype=torch.float64)).rest.any()
+
+
 def outliers(layer, tau):
     rest = SpQR(tau).solve(layer[0], BilevelInt(), layer[1]).rest
     return float((rest != 0).float().mean())

@@ -43,6 +43,16 @@ def test_parts_add_up_to_the_gradient_of_the_mean(two_of_five):
     torch.testing.assert_close(gradients(two_of_five.model), whole, rtol=1e-4, atol=1e-6)
 
 
+def test_rows_with_and_without_a_mask_are_not_run_together(make_model, ids):
+    mask = torch.ones_like(ids[:2])
+    mask[0, -7:] = 0
+    masked = {"input_ids": ids[:2], "attention_mask": mask}
+    for data in ([{"input_ids": ids[2:4]}, masked], [masked, {"input_ids": ids[2:4]}]):
+        teacher = Teacher(make_model(), rows(data))
+        assert sorted(teacher.num_tokens) == [ids.shape[1] - 7, *[ids.shape[1]] * 3]
+        assert teacher.divergence() == pytest.approx(0, abs=1e-6)
+
+
 def test_one_part_is_held_at_a_time(two_of_five):
     held, at_calls = WeakSet(), []
 

@@ -10,7 +10,7 @@ from tersor.quant import Recipe, quantize
 from tersor.quant.blocks import linears
 from tersor.quant.calibration import batches, block_inputs
 from tersor.quant.grid import IntGrid
-from tersor.quant.transform import ActScale, BlockTransform
+from tersor.quant.transform import ActScale, BlockTransform, SearchedSmooth
 from tersor.quant.transform.fold import rounded
 
 GRID = IntGrid(3, 32)
@@ -52,7 +52,7 @@ def outputs(model, inputs, grid) -> dict[str, Tensor]:
     for name in names:
         # attention and MLP are searched with their last linear as it is
         own = [m for n, m in linears(block).items() if n == name or (n.startswith(f"{name}.") and n not in names)]
-        with rounded(dict.fromkeys(own) if grid else {}, grid):
+        with rounded(dict.fromkeys(own), dict.fromkeys(own, grid) if grid else {}):
             arguments, keywords = calls[name]
             output = block.get_submodule(name)(*arguments, **keywords)
         found[name] = output if isinstance(output, Tensor) else output[0]
@@ -60,12 +60,12 @@ def outputs(model, inputs, grid) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_no_module_puts_out_more_error_than_with_rounding_alone(with_outliers, kind, ids):
+def test_no_module_puts_out_more_error_than_with_rounding_alone(with_outliers, kind, ids, all_on):
     """Attention, o, MLP and down, each given its usual inputs; with outliers, the scales help indeed."""
     model = with_outliers(kind)
     inputs = inputs_of(model, ids)
     exact, nearest = outputs(model, inputs, None), outputs(model, inputs, GRID)
-    ActScale().fold_block(model.model.layers[0], inputs, 0, GRID)
+    ActScale().fold_block(model.model.layers[0], inputs, 0, all_on(model, GRID))
     ours = outputs(model, inputs, GRID)
     ratios = [float((ours[n] - exact[n]).square().sum() / (nearest[n] - exact[n]).square().sum()) for n in exact]
     # a scale of the group differs in its last bit once the rows of v and up are divided too
@@ -74,16 +74,40 @@ def test_no_module_puts_out_more_error_than_with_rounding_alone(with_outliers, k
 
 
 @torch.no_grad()
-def test_the_model_stays_the_same(with_outliers, kind, ids):
+def test_the_model_stays_the_same(with_outliers, kind, ids, all_on):
     model = with_outliers(kind)
     before, weights = model(ids).logits, copy.deepcopy(model.state_dict())
     inputs = inputs_of(model, ids)
     transform = ActScale(steps=4)
     for index, block in enumerate(model.model.layers):
         transform.check_block(block, inputs, index)
-        transform.fold_block(block, inputs, index, GRID)
+        transform.fold_block(block, inputs, index, all_on(block, GRID))
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
     assert any(not torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("transform", [ActScale(4), SearchedSmooth(0.5)], ids=str)
+def test_layers_are_rounded_as_they_will_be(transform, make_model, ids):
+    """96 inputs of the down projections: no multiple of the 64 that the recipe has, but that is not for them."""
+    recipe = Recipe(IntGrid(4, 64), transforms=(transform,))
+    kept = quantize(make_model(), recipe, ids, keep=["down_proj"])
+    assert type(kept.model.layers[0].mlp.down_proj) is nn.Linear
+    other = {f"model.layers.{index}.mlp.down_proj": IntGrid(4, 32) for index in range(2)}
+    model = quantize(make_model(), recipe, ids, allocation=other)
+    assert model.model.layers[1].mlp.down_proj.scheme.grid == IntGrid(4, 32)
+
+
+@torch.no_grad()
+def test_what_is_kept_is_not_scaled_for_its_rounding(with_outliers, ids):
+    """Nothing reads the scaled channels but linears that stay: any scale would be for nothing."""
+    model = with_outliers("llama")
+    block, before = model.model.layers[0], copy.deepcopy(model.model.layers[0].state_dict())
+    others = {linear: GRID for name, linear in linears(block).items() if not name.endswith(("gate_proj", "up_proj"))}
+    ActScale(4).fold_block(block, inputs_of(model, ids), 0, others)
+    after = block.state_dict()
+    norm = "post_attention_layernorm.weight"
+    assert torch.equal(after[norm], before[norm])
+    assert not torch.equal(after["input_layernorm.weight"], before["input_layernorm.weight"])
 
 
 def test_no_scale_is_tried_and_the_others_are_centred(generator):

@@ -23,7 +23,7 @@ def fold_blocks(model, ids) -> None:
     inputs = block_inputs(model, model.model.layers, batches(ids))
     for index, block in enumerate(model.model.layers):
         PermuteIntermediate().check_block(block, inputs, index)
-        PermuteIntermediate().fold_block(block, inputs, index, GRID)
+        PermuteIntermediate().fold_block(block, inputs, index, {})
         for each in inputs:
             each.hidden = each.run(index, block)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def inputs_of(model, ids):
 def fold_first_block(model, ids, transform) -> list[tuple[Pair, Tensor]]:
     """The pairs of the first block and their largest inputs, once they are scaled."""
     block, inputs = model.model.layers[0], inputs_of(model, ids)
-    transform.fold_block(block, inputs, 0, GRID)
+    transform.fold_block(block, inputs, 0, {})
     pairs = scalable(block, inputs, 0)
     return list(zip(pairs, channel_maxima(pairs, block, inputs, 0)))
 
@@ -47,7 +48,7 @@ def test_the_model_stays_the_same(transform, make_model, kind, ids):
     inputs = inputs_of(model, ids)
     for index, block in enumerate(model.model.layers):
         transform.check_block(block, inputs, index)
-        transform.fold_block(block, inputs, index, GRID)
+        transform.fold_block(block, inputs, index, {})
     # float32; exactness is shown in float64 for every fold
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
 
@@ -173,18 +174,38 @@ def test_the_search_finds_an_alpha_that_helps_a_trained_model(tiny_lm, held_out_
     assert found in [{"type": "Smooth", "alpha": each.alpha, "percentile": 100.0} for each in search.candidates()]
 
 
+def test_the_alphas_that_are_tried_end_with_one():
+    assert [each.alpha for each in SearchedSmooth(0.4).candidates()] == [0, 0.4, 0.8, 1]
+    assert len(SearchedSmooth(0.1).candidates()) == 11
+
+
+@pytest.mark.parametrize(
+    ("tokens", "percentile", "rank"), [(1000, 99.9, 2), (10_000, 99.9, 11), (999, 99.9, 1), (64, 50, 33)]
+)
 @torch.no_grad()
-def test_searching_changes_nothing(make_model, ids):
+def test_a_percentile_is_the_nearest_rank_from_above(tokens, percentile, rank, make_model, generator):
+    """So many tokens in one sequence, of which so many have a larger magnitude."""
+    (inputs,) = inputs_of(make_model(), torch.arange(3, 35)[None])
+    source, linear = nn.Linear(64, 64), nn.Linear(64, 8)
+    pair = Pair("", source, {"": linear}, {}, torch.arange(64))
+    hidden = torch.rand(1, tokens, 64, generator=generator)
+    each = replace(inputs, hidden=hidden, arguments=[()], keywords=[{}])
+    (found,) = channel_maxima([pair], linear, [each], 0, percentile)
+    assert torch.equal(found, hidden[0].sort(0, descending=True).values[rank - 1])
+
+
+@torch.no_grad()
+def test_searching_changes_nothing(make_model, ids, all_on):
     model = make_model("llama")
     before, inputs = copy.deepcopy(model.state_dict()), inputs_of(model, ids)
     hidden = inputs[0].hidden.clone()
-    SearchedSmooth(step=0.5).choose(model.model.layers, inputs, GRID)
+    SearchedSmooth(step=0.5).choose(model.model.layers, inputs, all_on(model, GRID))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(inputs[0].hidden, hidden)
 
 
 @torch.no_grad()
-def test_nothing_is_chosen_where_nothing_helps(make_model, ids):
+def test_nothing_is_chosen_where_nothing_helps(make_model, ids, all_on):
     """Weights that are levels already: any scale takes them off."""
     model = make_model("llama")
     grid = IntGrid(4, None)
@@ -193,7 +214,7 @@ def test_nothing_is_chosen_where_nothing_helps(make_model, ids):
             if isinstance(linear, nn.Linear):
                 params = grid.fit(linear.weight)
                 linear.weight.copy_(grid.decode(grid.encode(linear.weight, params), params))
-    assert SearchedSmooth(step=0.5).choose(model.model.layers, inputs_of(model, ids), grid) == ()
+    assert SearchedSmooth(step=0.5).choose(model.model.layers, inputs_of(model, ids), all_on(model, grid)) == ()
 
 
 def test_a_block_without_pairs_is_refused_before_anything_is_changed(make_model, ids):

@@ -1,6 +1,7 @@
 """Experts of a mixture (MoE), which transformers holds in one parameter for all, as linears."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,15 +33,31 @@ class SeparateExperts(nn.Module):
         return output
 
 
-def separate_experts(model: nn.Module, keep: Sequence[str] = ()) -> None:
+def separate_experts(model: nn.Module, keep: Sequence[str] = ()) -> list[nn.Module]:
     """Give every expert of `model` linears of its own, in place; what the model computes stays the same.
 
     Args:
         keep: experts that stay as they are, as in `quantize`.
+
+    Returns:
+        the modules whose experts were separated.
     """
-    for name, module in model.named_modules():
-        if _is_fused(module) and not matches(name, keep):
-            _separate(module)
+    fused = [module for name, module in model.named_modules() if _is_fused(module) and not matches(name, keep)]
+    for module in fused:
+        _separate(module)
+    return fused
+
+
+@contextmanager
+def separated_experts(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[None]:
+    """`separate_experts`, undone where what happens inside raises before any of the experts is replaced."""
+    modules = separate_experts(model, keep)
+    try:
+        yield
+    except BaseException:
+        for module in modules:
+            _fuse(module)
+        raise
 
 
 def has_fused_experts(model: nn.Module) -> bool:
@@ -80,3 +97,18 @@ def _separate(module: Any) -> None:
     module._is_hf_initialized = True
     kind = type(module)
     module.__class__ = type(kind.__name__, (SeparateExperts, kind), {})
+
+
+def _fuse(module: Any) -> None:
+    """One parameter for all experts again, if they are plain linears."""
+    lists = {name: list(getattr(module, name)) for name in (_first(module), "down_proj")}
+    if not all(type(linear) is nn.Linear for linears in lists.values() for linear in linears):
+        return
+    for name, linears in lists.items():
+        delattr(module, name)
+        weights = [linear.weight.detach().T if module.is_transposed else linear.weight.detach() for linear in linears]
+        setattr(module, name, nn.Parameter(torch.stack(weights), linears[0].weight.requires_grad))
+        if linears[0].bias is not None:
+            biases = torch.stack([linear.bias.detach() for linear in linears])
+            setattr(module, f"{name}_bias", nn.Parameter(biases, linears[0].bias.requires_grad))
+    module.__class__ = type(module).__bases__[1]

@@ -111,7 +111,7 @@ def _solve_as_one(
     sizes = [linear.out_features for linear in layers.values()]
     weights = weight.split(sizes)
     if moments and isinstance(scheme.activation, CalibratedActivation):
-        scheme = replace(scheme, activation=scheme.activation.fit(F.pad(moments.maxima, (0, padding))))
+        scheme = replace(scheme, activation=scheme.activation.fit(moments.maxima, padding))
     targets = left[0].split(sizes) if left else [None] * len(sizes)
     # what is not of rows is of one layer only
     parts = zip(*(tensor.split(sizes) for tensor in (codes, *params))) if len(sizes) > 1 else [(codes, *params)]

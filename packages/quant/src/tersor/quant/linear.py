@@ -14,7 +14,7 @@ from tersor.quant.scheme import Scheme
 
 
 class QuantizedLinear(nn.Module):
-    """y = activation(x T) (W^ + C)^T + bias, of what `scheme` says; only what its pieces lay out is stored.
+    """y = activation(h) W^^T + h C^T + bias, h = x T, of what `scheme` says; only what its pieces lay out is stored.
 
     The grid's buffers have their own names; those of the other pieces follow the axis: `transform_angles`.
 

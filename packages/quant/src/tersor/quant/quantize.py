@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tersor.quant.calibration import BlockInputs, first_inputs
 from tersor.quant.checkpoint import mark
-from tersor.quant.experts import separate_experts
+from tersor.quant.experts import separated_experts
 from tersor.quant.grid import Grid
 from tersor.quant.layers import advance, layers_by_input, solve
 from tersor.quant.linear import QuantizedLinear
@@ -47,9 +47,9 @@ def quantize(
     Each layer is fitted to what it is given once all layers before it are quantised; layers that share an input are
     quantised together, and experts that share one parameter become linears each. Save with `save_pretrained`;
     `from_pretrained` loads the result wherever `tersor.quant` has been imported. Each new layer knows its
-    `relative_error`: of its outputs on the calibration data, or of its weights if the recipe needs no data; as the
-    solver left it, before any tuning. Where `torch.distributed` runs, every process takes its part of the calibration
-    data, and all end up with the same model: let one of them save it.
+    `relative_error`: of its outputs on the calibration data, or of its weights where no piece of the recipe looks at the
+    layer's inputs; as the solver left it, before any tuning. Where `torch.distributed` runs, every process takes its part
+    of the calibration data, and all end up with the same model: let one of them save it.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from tersor.quant import quantize, recipes
@@ -74,19 +74,20 @@ def quantize(
             data is missing. Before any layer is changed, if it can be known before.
     """
     check_model(model, keep)
-    separate_experts(model, keep)
-    if allocation is None and recipe.allocation:
-        allocation = recipe.allocation.choose(model, recipe, calibration, keep)
-    blocks, found, schemes = planned(model, recipe, keep, allocation or {})
-    data = calibration_batches(calibration, found) if recipe.needs_data else []
-    with evaluating(model):
+    with separated_experts(model, keep), evaluating(model):
+        if allocation is None and recipe.allocation:
+            allocation = recipe.allocation.choose(model, recipe, calibration, keep)
+        blocks, found, schemes = planned(model, recipe, keep, allocation or {})
+        data = calibration_batches(calibration, found) if recipe.needs_data else []
         tunings = [tuning for tuning in recipe.tuning if isinstance(tuning, ModelTuning)]
         teachers = [Teacher(model, rows(data), tuning.top_k) for tuning in tunings]
         fold_model(model, recipe, data)
         with all_called(found if recipe.needs_hessian else []) as waiting:
             running = first_inputs(model, blocks, data, waiting) if data else []
         dense = dense_inputs(recipe, running)
-        recipe = searched(recipe, blocks, running)
+        grids = {linear: schemes[name].grid for layers in found for name, linear in layers.items()}
+        recipe = searched(recipe, blocks, running, grids)
+        del grids  # it would keep the weights that are replaced
         changes = [t for t in recipe.transforms if isinstance(t, BlockTransform | TaughtTransform)]
         for index, block in enumerate(blocks):
             for change in changes:
@@ -134,7 +135,7 @@ def quantise_block(
     grids, ranges = {linear: schemes[name].grid for name, linear in found.items()}, {}
     for change in recipe.transforms:
         if isinstance(change, BlockTransform):
-            change.fold_block(block, running, index, recipe.grid)
+            change.fold_block(block, running, index, grids)
         elif isinstance(change, TaughtTransform):
             change.fold_taught(block, original, running, dense, index, grids)
     for change in recipe.transforms:
@@ -166,12 +167,12 @@ def dense_inputs(recipe: Recipe, running: list[BlockInputs]) -> list[BlockInputs
     return [replace(inputs) for inputs in running]
 
 
-def searched(recipe: Recipe, blocks: Any, running: list[BlockInputs]) -> Recipe:
+def searched(recipe: Recipe, blocks: Any, running: list[BlockInputs], grids: Mapping[nn.Linear, Grid]) -> Recipe:
     """The recipe with what its `SearchedTransform`s choose in their places."""
     transforms: list[Any] = []
     for transform in recipe.transforms:
         if isinstance(transform, SearchedTransform):
-            transforms.extend(transform.choose(blocks, running, recipe.grid))
+            transforms.extend(transform.choose(blocks, running, grids))
         else:
             transforms.append(transform)
     return replace(recipe, transforms=tuple(transforms))

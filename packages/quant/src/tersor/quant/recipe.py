@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from tersor.quant.activation import Activation, CalibratedActivation
 from tersor.quant.compensation import Compensation
-from tersor.quant.grid import Grid, IntGrid
+from tersor.quant.grid import Grid, IntGrid, SignLowRankStack
 from tersor.quant.scheme import Scheme
 from tersor.quant.solver import RTN, CoordinateDescent, LearnedRounding, Solver, SpQR
 from tersor.quant.transform import (
@@ -17,7 +17,15 @@ from tersor.quant.transform import (
     SearchedTransform,
     TaughtTransform,
 )
-from tersor.quant.tuning import BlockTuning, ModelTuning
+from tersor.quant.tuning import (
+    PV,
+    BlockReconstruction,
+    BlockTuning,
+    LearnedClip,
+    LearnedStep,
+    ModelTuning,
+    StraightThrough,
+)
 
 if TYPE_CHECKING:
     from tersor.quant.allocation import MixedGrids
@@ -71,10 +79,16 @@ class Recipe:
             raise ValueError(
                 f"{self.activation} learns from inputs before {online[0]} has changed them: use IntActivation, or fold"
             )
-        if not isinstance(self.grid, IntGrid) and any(isinstance(t, RangeTransform) for t in self.transforms):
-            raise TypeError(
-                f"ranges are learnt for evenly spaced levels, which {self.grid} does not have: use an IntGrid"
-            )
+        of_levels = RangeTransform | LearnedStep | LearnedClip | BlockReconstruction
+        for piece in (*self.transforms, *self.tuning):
+            if isinstance(piece, of_levels) and not isinstance(self.grid, IntGrid):
+                raise TypeError(
+                    f"{type(piece).__name__} needs evenly spaced levels, which {self.grid} does not have: use an IntGrid"
+                )
+            if isinstance(piece, PV | StraightThrough) and isinstance(self.grid, SignLowRankStack):
+                raise TypeError(
+                    f"{type(piece).__name__} moves codes of neighbours in a row, which those of {self.grid} are not"
+                )
 
         rounding = BlockTransform | TaughtTransform | RangeTransform | SearchedTransform
         if self.pad and any(isinstance(t, rounding) for t in self.transforms):

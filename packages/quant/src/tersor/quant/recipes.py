@@ -302,6 +302,7 @@ def calibtip(bits: int = 4, group_size: int | None = 64) -> _Recipe:
     """CalibTIP (arXiv:2006.10518): rounding learnt layer by layer (AdaQuant), and bits that an integer program chooses.
 
     Each layer's loss is that of the model with this layer alone quantised, all layers cost together what `bits` would.
+    The paper's tuning of batch norms and biases afterwards, which language models hardly have, is left out; scales stay too.
     """
     allocation = _MixedGrids(_around(bits, group_size), _IntegerProgram(_LayerDivergence()))
     return _Recipe(_IntGrid(bits, group_size), _LearnedRounding(), allocation=allocation)
@@ -401,7 +402,9 @@ def bipolar_int(bits: int = 4, activation_bits: int | None = 8, group_size: int 
 
 
 def _around(bits: int, group_size: int | None) -> tuple[_IntGrid, ...]:
-    return tuple(_IntGrid(some, group_size) for some in range(max(2, bits - 1), min(8, bits + 1) + 1))
+    if not 2 <= bits <= 7:
+        raise ValueError(f"bits must be 2 to 7, so that some layers can have less and others more, got {bits}")
+    return tuple(_IntGrid(some, group_size) for some in (bits - 1, bits, bits + 1))
 
 
 def _eight_bits(static: bool) -> _IntActivation | _StaticActivation:

@@ -27,7 +27,9 @@ def planned(
     Weights on the meta device are not looked into.
     """
     name, blocks = _stack(model, keep)
-    found = [_kept_apart(linears(block, f"{name}.{index}"), keep) for index, block in enumerate(blocks)]
+    whole = [linears(block, f"{name}.{index}") for index, block in enumerate(blocks)]
+    _check_transform(recipe, [linear for layers in whole for linear in layers])
+    found = [_kept_apart(layers, keep) for layers in whole]
     schemes = schemes_of(recipe, allocation, {name: linear for layers in found for name, linear in layers.items()})
     _check(model, name, blocks, found, schemes, keep)
     return blocks, found, schemes
@@ -108,6 +110,15 @@ def _stack(model: Any, keep: Sequence[str]) -> tuple[str, nn.ModuleList]:
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(f"keep names {pattern!r}, which is no part of {type(model).__name__}")
     return find_blocks(model)
+
+
+def _check_transform(recipe: Recipe, names: Sequence[str]) -> None:
+    transform = recipe.scheme.transform
+    for pattern in transform.layers if transform else ():
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"{transform} is for linears that are called {pattern!r}, but there are only {names[0]} and the like"
+            )
 
 
 def _kept_apart(found: dict[str, nn.Linear], keep: Sequence[str]) -> dict[str, nn.Linear]:

@@ -96,7 +96,9 @@ class Teacher:
 
     def _parts(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """`rows`, by those that are run together."""
-        for (_, seq_len), same in groupby(rows, lambda row: self.rows[row]["input_ids"].shape):
+        for (seq_len, _), same in groupby(
+            rows, lambda row: (self.rows[row]["input_ids"].shape[1], self.rows[row].keys())
+        ):
             same = list(same)
             step = max(1, self._tokens // seq_len)
             yield from (same[start : start + step] for start in range(0, len(same), step))

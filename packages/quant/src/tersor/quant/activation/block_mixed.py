@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tersor.quant.grid import Grid
 from tersor.quant.grid.protocol import Stored, groups
@@ -44,8 +45,8 @@ class BlockMixedActivation:
     def check(self, grid: Grid, in_features: int) -> None:
         groups(in_features, self.group_size)
 
-    def fit(self, maxima: Tensor) -> Self:
-        outliers = (maxima > self.tau * maxima.median()).unflatten(-1, (-1, self.group_size)).any(-1)
+    def fit(self, maxima: Tensor, padding: int = 0) -> Self:
+        outliers = F.pad(maxima > self.tau * maxima.median(), (0, padding)).unflatten(-1, (-1, self.group_size)).any(-1)
         return replace(self, high_groups=tuple(outliers.nonzero().flatten().tolist()))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

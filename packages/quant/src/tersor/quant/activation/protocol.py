@@ -32,6 +32,6 @@ class Activation(Protocol):
 class CalibratedActivation(Activation, Protocol):
     """One that looks at a layer's inputs on the calibration data first; what it finds becomes a setting of the layer's."""
 
-    def fit(self, maxima: Tensor) -> Self:
-        """The piece for a layer, given the largest magnitude of each of its input channels, (in,)."""
+    def fit(self, maxima: Tensor, padding: int = 0) -> Self:
+        """The piece for a layer, given the largest magnitude of each of its input channels, (in,), and zeros after them."""
         ...

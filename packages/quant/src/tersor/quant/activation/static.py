@@ -35,7 +35,7 @@ class StaticActivation:
     def check(self, grid: Grid, in_features: int) -> None:
         """Any width will do."""
 
-    def fit(self, maxima: Tensor) -> Self:
+    def fit(self, maxima: Tensor, padding: int = 0) -> Self:
         largest = float(maxima.max())
         # inputs that were always zero are 0 / 1
         return replace(self, scale=largest / (2 ** (self.bits - 1) - 1) if largest else 1.0)

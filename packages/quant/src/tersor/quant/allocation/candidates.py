@@ -110,7 +110,7 @@ def candidates_of(
     else:
         data = [] if calibration is None else batches(calibration)
     with evaluating(model):
-        recipe = _folded(model, blocks, recipe, data)
+        recipe = _folded(model, blocks, found, recipe, data)
         yield Candidates(model, blocks, found, tuple(grids), recipe, data)
 
 
@@ -135,7 +135,13 @@ def affordable(candidates: Candidates, cost: Cost, budget: float | Grid) -> tupl
     return costs, total
 
 
-def _folded(model: Any, blocks: nn.ModuleList, recipe: "Recipe", data: list[dict[str, Tensor]]) -> "Recipe":
+def _folded(
+    model: Any,
+    blocks: nn.ModuleList,
+    found: list[dict[str, nn.Linear]],
+    recipe: "Recipe",
+    data: list[dict[str, Tensor]],
+) -> "Recipe":
     """Fold the recipe's transforms into `model`, as the walk does it; the recipe with what they have chosen.
 
     Those that learn by gradients (`TaughtTransform`, `RangeTransform`) are left out: losses are predicted without them.
@@ -143,13 +149,14 @@ def _folded(model: Any, blocks: nn.ModuleList, recipe: "Recipe", data: list[dict
     fold_model(model, recipe, data)
     need_inputs = any(isinstance(change, BlockTransform | SearchedTransform) for change in recipe.transforms)
     running = block_inputs(model, blocks, data) if need_inputs else []
-    recipe = searched(recipe, blocks, running)
+    grids = {linear: recipe.grid for layers in found for linear in layers.values()}
+    recipe = searched(recipe, blocks, running, grids)
     changes = [change for change in recipe.transforms if isinstance(change, BlockTransform)]
     for index, block in enumerate(blocks):
         for change in changes:
             change.check_block(block, running, index)
     for index, block in enumerate(blocks):
         for change in changes:
-            change.fold_block(block, running, index, recipe.grid)
+            change.fold_block(block, running, index, grids)
         advance(block, running, index)
     return recipe

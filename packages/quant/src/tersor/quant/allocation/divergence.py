@@ -32,10 +32,12 @@ def swapped(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
 def text(candidates: Candidates, tokens: int, seed: int) -> list[dict[str, Tensor]]:
     """Rows of the calibration data, up to so many tokens; random tokens if there is none."""
     if not candidates.data:
-        config, generator = candidates.model.config, torch.Generator().manual_seed(seed)
+        # configs of models that also see or hear have no vocab_size of their own
+        vocab_size = candidates.model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(seed)
         seq_len = min(_SEQ_LEN, tokens)
         shape = (-(-tokens // seq_len), 1, seq_len)
-        return [{"input_ids": ids} for ids in torch.randint(config.vocab_size, shape, generator=generator)]
+        return [{"input_ids": ids} for ids in torch.randint(vocab_size, shape, generator=generator)]
     found = []
     for row in rows(candidates.data):
         if tokens > 0:

@@ -1,5 +1,6 @@
 """EvoPress: allocations that mutate, and survive by what the whole model makes of them."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Evolution:
                 if stage == len(self.survivors) - 1:
                     # behind its children: of two that are equally good the new one goes on
                     children.append(parent)
-                values = fitness(children, tokens)
+                values = _ranked(fitness(children, tokens))
                 order = sorted(range(len(children)), key=values.__getitem__)
                 children = [children[i] for i in order[:survivors]]
             yield (parent := children[0])
@@ -141,7 +142,7 @@ class Evolution:
         starts = {_filled((uniform,) * len(costs), costs, budget, rng): None for _ in range(self.initial)}
         if len(starts) == 1:
             return next(iter(starts))
-        values = fitness(list(starts), self.tokens[0])
+        values = _ranked(fitness(list(starts), self.tokens[0]))
         return min(zip(values, starts))[1]
 
     def _children(self, parent: State, costs: Costs, budget: float, rng: random.Random) -> list[State]:
@@ -157,6 +158,11 @@ class Evolution:
             if len(children) == self.offspring:
                 break
         return list(children)
+
+
+def _ranked(values: list[float]) -> list[float]:
+    """A model that overflows is the worst; as NaN it would be neither worse nor better than any."""
+    return [math.inf if math.isnan(value) else value for value in values]
 
 
 def _cost(state: State, costs: Costs) -> float:

@@ -45,10 +45,15 @@ class SparseOutliers:
         kept = error != 0
         if self.ratio is not None:
             loss = error.square() if hessian is None else error.square() * hessian.diagonal().to(error.dtype)
-            most = loss.flatten().topk(round(self.ratio * loss.numel())).indices
+            most = loss.flatten().topk(max(1, round(self.ratio * loss.numel()))).indices
             kept &= torch.zeros_like(kept).flatten().index_fill(0, most, True).view_as(kept)
+        values = error[kept].half()
+        if not values.isfinite().all():
+            raise ValueError(
+                f"outliers up to {float(error.abs().max()):.3g} are beyond float16; divide the weights by a constant"
+            )
         stored = {
-            "value_bits": bits_of(error[kept].half()),
+            "value_bits": bits_of(values),
             "column_bits": kept.nonzero()[:, 1].to(torch.uint16).view(torch.int16),
             "length_bits": kept.sum(1).to(torch.uint16).view(torch.int16),
         }

@@ -97,7 +97,9 @@ class BilevelInt:
         return codes.clamp(0, 2**self.stat_bits - 1).to(torch.uint8).flatten(0, 1), step, low
 
     def scale_and_zero(self, params: BilevelParams) -> tuple[Tensor, Tensor]:
-        """Of each group, (out, groups), float32. A scale is 0 in a block of zeros only."""
+        """Of each group, (out, groups), float32. A scale is 0 in groups of zeros, and in those far smaller than the others of
+        their block.
+        """
         scale_code, scale_step, scale_low, zero_code, zero_step, zero_low = params
         return _statistic(scale_code, scale_step, scale_low), _statistic(zero_code, zero_step, zero_low)
 

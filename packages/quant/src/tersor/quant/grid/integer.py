@@ -31,7 +31,8 @@ class IntGrid:
         symmetric: spend no bits on zero points.
         restricted: of a symmetric grid, leave the lowest code unused, so that the extremes of both signs are levels:
             scale = max|w| / (2^(bits-1) - 1), as products of int8 want it.
-        float_zero: zero points are float16 and lie anywhere, as HQQ finds them: the levels span min(w) ... max(w).
+        float_zero: zero points are float16 and lie anywhere, as HQQ finds them: the levels span min(w) ... max(w), and
+            zero too where that is more than a thousand steps away.
     """
 
     bits: int = 4
@@ -80,6 +81,10 @@ class IntGrid:
     def spanning(self, low: Tensor, high: Tensor) -> IntParams:
         """The parameters whose outermost levels are `low` and `high` (out, groups), or the larger of them both ways."""
         top = 2**self.bits - (2 if self.restricted else 1)
+        if self.float_zero:
+            # a zero point of float16 that lies further off is rounded by half a step: such a group is spanned from zero
+            far = (high > low) & (torch.maximum(low.abs(), high.abs()) * top > 1024 * (high - low))
+            low, high = torch.where(far, low.clamp(max=0), low), torch.where(far, high.clamp(min=0), high)
         span = 2 * torch.maximum(-low, high) if self.symmetric else high - low
         scale = _float16_from_above(span / top)
         if not scale.isfinite().all():

@@ -16,7 +16,8 @@ from tersor.quant.solver.result import Result
 class ClipSearch:
     """Rounds to nearest on the range, of each group of each row, that loses least: never more than rounding by itself.
 
-    A range is shrunk by fitting the grid to ratio * W; so it works on every grid whose levels follow the weights.
+    A range is shrunk by fitting the grid to ratio * W; so it works on every grid whose levels follow
+    the weights of a row.
 
     Args:
         metric: what is lost, with E = W - Q. "weight": sum |E|^2.4, without data, as GPTQ's authors' code has it;
@@ -55,6 +56,8 @@ class ClipSearch:
             raise ValueError(f'ClipSearch("{self.metric}") needs calibration data')
         if isinstance(grid, BilevelInt):
             raise TypeError("ClipSearch chooses row by row, but BilevelInt fits several rows at once; use an IntGrid")
+        if all(len(p) != len(weight) for p in params):
+            raise TypeError(f"ClipSearch chooses row by row, but rows share the ranges of {grid}; use RTN()")
         H = hessian.to(weight.dtype) if hessian is not None else None
         columns, chosen = grid.whole(), type(params)(*(p.clone() for p in params))
         error = weight - grid.decode(grid.encode(weight, params), params)

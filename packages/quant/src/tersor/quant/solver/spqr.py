@@ -45,6 +45,9 @@ class SpQR:
         order, U = self.gptq.factor(weight, columnwise, hessian)
         step = U.diagonal()[order.argsort()]
         threshold = self.tau * (weight.var(0) / step.square()).mean()
+        if self.tau and not threshold > 0:
+            # rows that are all alike, or one row: no weight lies outside of what there is
+            threshold = torch.full_like(threshold, torch.inf)
 
         def without_outliers(weight: Tensor, grid: ScalarGrid, params: Params, inputs: Tensor) -> Params:
             squares = ((weight - grid.decode(grid.encode(weight, params), params)) / step[inputs]).square()
@@ -59,7 +62,6 @@ class SpQR:
             mean = (weight * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
             return grid.refit(weight.where(kept, mean), params)
 
-        # of a constant weight nothing can be said: its threshold is NaN, and nothing is an outlier
         codes, params, rounded = self.gptq.sweep(
             weight,
             columnwise,

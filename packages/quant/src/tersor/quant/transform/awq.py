@@ -1,6 +1,6 @@
 """AWQ: scales of channels, searched for what the module around them puts out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from posixpath import commonpath
@@ -38,14 +38,16 @@ class ActScale:
     def check_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> None:
         check_scalable(block, inputs, index)
 
-    def fold_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grid: Grid) -> None:
-        pairs = scalable(block, inputs, index)
+    def fold_block(
+        self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grids: Mapping[nn.Linear, Grid]
+    ) -> None:
+        pairs = [pair for pair in scalable(block, inputs, index) if any(r in grids for r in pair.readers.values())]
         parents = [_parent(pair, block) for pair in pairs]
         means, seen = _observed(pairs, parents, block_passes(block, inputs, index))
         scales = []
         for pair, of_input, parent in zip(pairs, means, parents):
-            candidates = self.candidates(of_input, pair.per_channel(_relative_magnitude(pair, grid), "mean"))
-            scales.append(candidates[seen[parent].best(pair, candidates, grid)])
+            candidates = self.candidates(of_input, pair.per_channel(_relative_magnitude(pair, grids), "mean"))
+            scales.append(candidates[seen[parent].best(pair, candidates, grids)])
         # all are searched before one is folded: what is divided in one pair's rows does not change their rounding
         for pair, scale in zip(pairs, scales):
             fold_scale(pair, scale)
@@ -67,7 +69,7 @@ class _Inputs(Protocol):
 
     def note(self, arguments: tuple[Any, ...], keywords: dict[str, Any], mask: Tensor | None) -> None: ...
 
-    def best(self, pair: Pair, candidates: Sequence[Tensor], grid: Grid) -> int:
+    def best(self, pair: Pair, candidates: Sequence[Tensor], grids: Mapping[nn.Linear, Grid]) -> int:
         """Which of `candidates` (channels of the pair each), the first of them s = 1, changes outputs the least."""
         ...
 
@@ -81,11 +83,11 @@ class _LinearInputs:
     def note(self, arguments: tuple[Any, ...], keywords: dict[str, Any], mask: Tensor | None) -> None:
         self.moments.update(token_rows(arguments[0], mask))
 
-    def best(self, pair: Pair, candidates: Sequence[Tensor], grid: Grid) -> int:
+    def best(self, pair: Pair, candidates: Sequence[Tensor], grids: Mapping[nn.Linear, Grid]) -> int:
         self.moments.merge()
         weight, H, losses = self.linear.weight.float(), self.moments.mean.float(), []
         for candidate in candidates:
-            with _rounded_as_after(pair, candidate, grid):
+            with _rounded_as_after(pair, candidate, grids):
                 difference = self.linear.weight.float() - weight
             losses.append(((difference @ H) * difference).sum(dtype=torch.float64))
         return int(torch.stack(losses).argmin())
@@ -101,12 +103,12 @@ class _ModuleInputs:
     def note(self, arguments: tuple[Any, ...], keywords: dict[str, Any], mask: Tensor | None) -> None:
         self.calls.append((arguments, keywords, mask))
 
-    def best(self, pair: Pair, candidates: Sequence[Tensor], grid: Grid) -> int:
+    def best(self, pair: Pair, candidates: Sequence[Tensor], grids: Mapping[nn.Linear, Grid]) -> int:
         wanted = [self._rows(call) for call in self.calls]
 
         def loss(candidate: Tensor, part: slice) -> Tensor:
             found = torch.zeros((), dtype=torch.float64)
-            with _rounded_as_after(pair, candidate, grid):
+            with _rounded_as_after(pair, candidate, grids):
                 for call, rows in zip(self.calls[part], wanted[part]):
                     found += (self._rows(call) - rows).double().square().sum().cpu()
             return found
@@ -160,16 +162,19 @@ def _observed(
     return [pair.per_channel((s[:-1] / s[-1]).float(), "mean") for pair, s in zip(pairs, totals)], found
 
 
-def _rounded_as_after(pair: Pair, scale: Tensor, grid: Grid) -> AbstractContextManager[None]:
+def _rounded_as_after(pair: Pair, scale: Tensor, grids: Mapping[nn.Linear, Grid]) -> AbstractContextManager[None]:
     """Inside, the pair's readers have the weights that folding `scale` and rounding would give them, over the scale."""
-    return rounded(dict.fromkeys(pair.readers.values(), scale[pair.channel_of.to(scale.device)]), grid)
+    return rounded(dict.fromkeys(pair.readers.values(), scale[pair.channel_of.to(scale.device)]), grids)
 
 
-def _relative_magnitude(pair: Pair, grid: Grid) -> Tensor:
-    """Mean of |w| / max|w of its group| over the rows of all readers, (in,)."""
-    weight = torch.cat([reader.weight.abs().float() for reader in pair.readers.values()])
-    groups = grid.groups(weight.shape[1]) if isinstance(grid, ScalarGrid) else 1
-    grouped = weight.unflatten(1, (groups, -1))
-    # a group of zeros is 0 / 1
-    largest = grouped.amax(-1, keepdim=True)
-    return (grouped / torch.where(largest > 0, largest, 1.0)).flatten(1).mean(0)
+def _relative_magnitude(pair: Pair, grids: Mapping[nn.Linear, Grid]) -> Tensor:
+    """Mean of |w| / max|w of its group| over the rows of all readers, (in,); a row is one group where nothing is rounded."""
+
+    def relative(reader: nn.Linear) -> Tensor:
+        weight, grid = reader.weight.abs().float(), grids.get(reader)
+        grouped = weight.unflatten(1, (grid.groups(weight.shape[1]) if isinstance(grid, ScalarGrid) else 1, -1))
+        # a group of zeros is 0 / 1
+        largest = grouped.amax(-1, keepdim=True)
+        return (grouped / torch.where(largest > 0, largest, 1.0)).flatten(1)
+
+    return torch.cat([relative(reader) for reader in pair.readers.values()]).mean(0)

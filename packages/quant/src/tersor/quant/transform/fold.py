@@ -200,12 +200,15 @@ def offset(norm: nn.Module) -> float | None:
 
 
 @contextmanager
-def rounded(scales: Mapping[nn.Linear, Tensor | None], grid: Any) -> Iterator[None]:
-    """Inside, the linears' weights are Q(W s) / s, Q rounding to nearest: what they will be once `s` (in,) is folded."""
-    originals = {linear: linear.weight.data for linear in scales}
+def rounded(scales: Mapping[nn.Linear, Tensor | None], grids: Mapping[nn.Linear, Any]) -> Iterator[None]:
+    """Inside, the linears' weights are Q(W s) / s, Q rounding to nearest: what they will be once `s` (in,) is folded.
+
+    Those without a grid stay as they are.
+    """
+    originals = {linear: linear.weight.data for linear in scales if linear in grids}
     try:
-        for linear, scale in scales.items():
-            weight = originals[linear].float()
+        for linear, original in originals.items():
+            weight, grid, scale = original.float(), grids[linear], scales[linear]
             s = 1.0 if scale is None else scale.float()
             params = grid.fit(weight * s)
             linear.weight.data = (grid.decode(grid.encode(weight * s, params), params) / s).to(linear.weight.dtype)

@@ -70,7 +70,9 @@ class PermuteIntermediate:
             )
 
     @torch.no_grad()
-    def fold_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grid: Grid) -> None:
+    def fold_block(
+        self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grids: Mapping[nn.Linear, Grid]
+    ) -> None:
         found = self._found(block, inputs, index)
         pairs = [
             Pair("", sources[0], {"": reader}, {}, torch.arange(reader.in_features))

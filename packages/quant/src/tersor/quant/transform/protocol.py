@@ -46,12 +46,14 @@ class BlockTransform(Protocol):
         """
         ...
 
-    def fold_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grid: Grid) -> None:
+    def fold_block(
+        self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grids: Mapping[nn.Linear, Grid]
+    ) -> None:
         """Change the weights of `block` in place; what it makes of `inputs` stays the same, up to rounding.
 
         Args:
             inputs: what the block is called with: `each.run(index, block)` is its output, (batch, seq, hidden).
-            grid: what its linears will become.
+            grids: what its linears will become; others stay as they are.
         """
         ...
 
@@ -105,9 +107,13 @@ class SearchedTransform(Protocol):
     """Block transforms whose settings are found by trying them on the whole model, before anything is changed."""
 
     def choose(
-        self, blocks: Sequence[nn.Module], inputs: Sequence[BlockInputs], grid: Grid
+        self, blocks: Sequence[nn.Module], inputs: Sequence[BlockInputs], grids: Mapping[nn.Linear, Grid]
     ) -> tuple[BlockTransform, ...]:
-        """What stands in its place; nothing if nothing helps. `blocks` and `inputs` stay as they are."""
+        """What stands in its place; nothing if nothing helps. `blocks` and `inputs` stay as they are.
+
+        Args:
+            grids: what the blocks' linears will become; others stay as they are.
+        """
         ...
 
 

@@ -1,6 +1,7 @@
 """SmoothQuant: outliers of activations are moved into the weights, channel by channel."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,7 @@ class Smooth:
 
     Args:
         alpha: how much of the difficulty moves to the weights, 0 to 1.
-        percentile: over tokens, in place of max|X_j|: 99.99 keeps single outliers from deciding.
+        percentile: over tokens, in place of max|X_j|: of 10 000 tokens, 99.99 keeps a single outlier from deciding.
     """
 
     alpha: float = 0.5
@@ -38,7 +39,9 @@ class Smooth:
     def check_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> None:
         check_scalable(block, inputs, index)
 
-    def fold_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grid: Grid) -> None:
+    def fold_block(
+        self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grids: Mapping[nn.Linear, Grid]
+    ) -> None:
         pairs = scalable(block, inputs, index)
         for pair, maxima in zip(pairs, channel_maxima(pairs, block, inputs, index, self.percentile)):
             fold_scale(pair, self.scale(pair, maxima))
@@ -68,7 +71,9 @@ class PercentileSmooth:
     def check_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> None:
         check_scalable(block, inputs, index)
 
-    def fold_block(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grid: Grid) -> None:
+    def fold_block(
+        self, block: nn.Module, inputs: Sequence[BlockInputs], index: int, grids: Mapping[nn.Linear, Grid]
+    ) -> None:
         pairs = scalable(block, inputs, index)
         for pair, maxima in zip(pairs, channel_maxima(pairs, block, inputs, index)):
             fold_scale(pair, self.scale(maxima))
@@ -101,9 +106,12 @@ class SearchedSmooth:
             raise ValueError(f"step must be above 0 and at most 1, got {self.step}")
 
     def candidates(self) -> list[Smooth]:
-        return [Smooth(min(i * self.step, 1.0)) for i in range(round(1 / self.step) + 1)]
+        # 1e-6: ten steps of .1 are a little less than 1
+        return [Smooth(i * self.step) for i in range(math.ceil(1 / self.step - 1e-6))] + [Smooth(1.0)]
 
-    def choose(self, blocks: Sequence[nn.Module], inputs: Sequence[BlockInputs], grid: Grid) -> tuple[Smooth, ...]:
+    def choose(
+        self, blocks: Sequence[nn.Module], inputs: Sequence[BlockInputs], grids: Mapping[nn.Linear, Grid]
+    ) -> tuple[Smooth, ...]:
         """The best `Smooth`, alone; or nothing."""
         candidates = [None, *self.candidates()]
         losses = torch.zeros(len(candidates), dtype=torch.float64)
@@ -118,7 +126,7 @@ class SearchedSmooth:
                 for pair, largest in zip(pairs, maxima) if candidate else ():
                     of_input = candidate.scale(pair, largest)[pair.channel_of.to(largest.device)]
                     scales |= dict.fromkeys(pair.readers.values(), of_input)
-                with rounded(scales, grid):
+                with rounded(scales, grids):
                     for b, each in enumerate(dense):
                         hidden[i][b] = replace(each, hidden=hidden[i][b]).run(index, block)
                         difference = token_rows(hidden[i][b] - wanted[b], each.mask).double()
@@ -134,7 +142,8 @@ def channel_maxima(
 ) -> list[Tensor]:
     """Largest magnitude, or that percentile over tokens, of each channel that the pairs' readers are given, float32."""
     tokens = sum(each.hidden[..., 0].numel() if each.mask is None else int(each.mask.sum()) for each in inputs)
-    keep = int(tokens * (1 - percentile / 100)) + 1
+    # 1e-6: 1000 * (100 - 99.9) / 100 is a little less than 1
+    keep = int(tokens * (100 - percentile) / 100 + 1e-6) + 1
     largest: dict[int, Tensor] = {}
 
     def take(i: int, x: Tensor) -> None:
