@@ -229,11 +229,26 @@ def test_tokenizers_that_fall_back_on_bytes_go_with_the_model(make_model, held_o
     blank.train_from_iterator(held_out_text[:9000].split(), BpeTrainer(vocab_size=600, special_tokens=pieces))
     trained = json.loads(blank.to_str())["model"]
     tokenizer = LlamaTokenizer(vocab=trained["vocab"], merges=list(map(tuple, trained["merges"])), add_bos_token=True)
-    export(quantize(make_model(), recipes.rtn(4, 32)), tmp_path / "model.gguf", "gguf", tokenizer=tokenizer)
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer))
+    export(quantize(model, recipes.rtn(4, 32)), tmp_path / "model.gguf", "gguf", tokenizer=tokenizer)
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     text = held_out_text[:2000] + " \u20ac\U0001f600"
     assert again(text).input_ids == tokenizer(text).input_ids
     assert again(text).input_ids[0] == 1
+
+
+def test_there_are_as_many_tokens_as_rows_of_the_embedding(tiny_lm, tiny_lm_path, make_model, tmp_path):
+    """As llama.cpp wants it: Gemma 3 has a token for pictures that models of text alone have no row for."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == tiny_lm.config.vocab_size + 1
+    export(quantize(tiny_lm, recipes.rtn(4, 64)), tmp_path / "model.gguf", "gguf", tokenizer=tokenizer)
+    tokens = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == tiny_lm.config.vocab_size
+    assert "<image>" not in tokens
+    with pytest.raises(Unexportable, match=r"tokenizer has \d+ tokens, the model 97: give the tokenizer of the model"):
+        export(quantize(make_model(), recipes.rtn(4, 32)), tmp_path / "other.gguf", "gguf", tokenizer=tokenizer)
 
 
 def test_tokenizers_that_llama_cpp_does_not_know_are_refused(make_model, tiny_lm_path, tmp_path):

@@ -33,6 +33,22 @@ def test_dynamic_numbers_are_the_middles_of_ever_finer_parts_of_ever_larger_deca
         assert sum(decade) / len(decade) == pytest.approx(0.55 * 10.0**-k)
 
 
+def test_weights_are_those_of_bitsandbytes(generator):
+    """The same codes, of which it has the first in the high half of a byte, and the same largest weights."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight, grid = torch.randn(64, 256, generator=generator), NormalFloatGrid(64)
+    # scales that float16 holds
+    largest = grid.fit(weight).scale.float()
+    grouped = weight.unflatten(-1, (4, 64))
+    weight = (grouped / grouped.abs().amax(-1, keepdim=True) * largest[..., None]).flatten(-2)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], -1).view(64, 256)
+    params = grid.fit(weight)
+    assert torch.equal(params.scale.float(), state.absmax.view(64, 4))
+    assert torch.equal(grid.decode(codes, params), functional.dequantize_4bit(packed, state))
+    assert (grid.encode(weight, params) == codes).float().mean() > 0.999  # but for ties
+
+
 def test_bits_are_those_of_the_paper():
     assert bits_per_weight(NormalFloatGrid(64), 1024, 1024) == 4 + 16 / 64
     bits = bits_per_weight(DoubleNormalFloatGrid(64), 1024, 1024)

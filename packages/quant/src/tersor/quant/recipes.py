@@ -342,7 +342,8 @@ def ptq161(
 def dbllm(group_size: int | None = 64, gamma: float = 0.1, steps: int = 200) -> _Recipe:
     """DB-LLM (arXiv:2402.11960): weights as two binary matrices, whose scales learn from what the model predicted.
 
-    Adds `DualBinary` and the tuning `DeviationAware`; scales start from a clip search, not from the largest weights.
+    Adds `DualBinary` and the tuning `DeviationAware`; scales start from a clip search, not from the largest weights. It
+    learns from the calibration data, where the paper has text that the model itself has written.
     """
     return _Recipe(_DualBinary(group_size), _ClipSearch(), tuning=(_DeviationAware(gamma, steps),))
 

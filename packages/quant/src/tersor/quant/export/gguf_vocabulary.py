@@ -29,10 +29,10 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
-    """What is stored of a fast tokenizer.
+    """What is stored of a fast tokenizer: `vocab_size` tokens, as many as the embedding has; others could not be looked up.
 
     Raises:
-        Unexportable: it is no BPE that llama.cpp knows.
+        Unexportable: it is no BPE that llama.cpp knows, or not that of the model.
     """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     model, steps = whole["model"], _steps(whole["pre_tokenizer"])
@@ -41,12 +41,14 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
     by_bytes = any(step["type"] == "ByteLevel" for step in steps)
     pre = _pre(steps, model.get("ignore_merges", False)) if by_bytes else "default"
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    tokens = [f"[PAD{i}]" for i in range(max(vocab_size, len(tokenizer)))]
+    if (size := len(model["vocab"])) > vocab_size:
+        raise Unexportable(f"the tokenizer has {size} tokens, the model {vocab_size}: give the tokenizer of the model")
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [_UNUSED] * len(tokens)
     for token, i in model["vocab"].items():
         is_byte = not by_bytes and len(token) == 6 and token.startswith("<0x")
         tokens[i], types[i] = token, _BYTE if is_byte else _UNKNOWN if token == model["unk_token"] else _NORMAL
-    for added in whole["added_tokens"]:
+    for added in (added for added in whole["added_tokens"] if added["id"] < vocab_size):
         text = added["content"] if added["special"] else added["content"].replace("\u2581", " ")
         tokens[added["id"]], types[added["id"]] = text, _CONTROL if added["special"] else _USER_DEFINED
     ranks: dict[str, int] = {}
@@ -61,7 +63,7 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
         types,
         [" ".join(merge) for merge in merges] if by_bytes else [],
         [] if by_bytes else [-float(ranks.get(token, len(merges))) for token in tokens],
-        {kind: i for kind, i in special.items() if i is not None},
+        {kind: i for kind, i in special.items() if i is not None and i < vocab_size},
         len(ids) > 1 and ids[0] == tokenizer.bos_token_id,
         len(ids) > 1 and ids[-1] == tokenizer.eos_token_id,
         _prepends_space(steps, _steps(whole["normalizer"], "normalizers")),
