@@ -1,9 +1,10 @@
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tersor.integration import cli
+from tersor.integration import cli, models, zoo
 
 
 @pytest.fixture
@@ -21,6 +22,28 @@ def tersor(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A model whose squeeze takes little more than the imports."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    models.load_tokenizer(zoo.path("tiny-lm")).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
-from tersor.integration import models, zoo
+from tersor.integration import models
 from tersor.integration.errors import UserError
 
 COMMAND = [sys.executable, "-c", "from tersor.integration.cli import main; main()"]
@@ -167,27 +165,6 @@ def test_no_space_left_is_said_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left"):
         squeeze.squeeze("tiny-lm", Plan.load("fast"), tmp_path / "out", squeeze.Options(), lambda *state: None)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory) -> Path:
-    """A model whose squeeze takes little more than the imports."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    models.load_tokenizer(zoo.path("tiny-lm")).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])

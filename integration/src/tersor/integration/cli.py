@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from tersor.integration.bench import app as bench_app
 from tersor.integration.console import Json, print_json, progress_bars, say
-from tersor.integration.errors import UserError
+from tersor.integration.errors import MENDABLE
 from tersor.integration.zoo.commands import app as zoo_app
 
 app = App(
@@ -90,6 +90,7 @@ def quantize(
     set: Annotated[dict[str, str] | None, Parameter(negative=())] = None,
     keep: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     pad: Annotated[bool, Parameter(negative=())] = False,
+    stream: Annotated[bool, Parameter(negative=())] = False,
     calibration: str | None = None,
     text: str | None = None,
     calibration_tokens: int = 16384,
@@ -118,6 +119,8 @@ def quantize(
         A linear that stays as it is, by the end of its name; may be given again.
     pad
         Add zeros to inputs that the groups do not divide.
+    stream
+        Hold two blocks in memory, not the model: for models that do not fit. Nothing is compared with the original then.
     calibration
         Text file, or data set (prose, source-code), for calibration.
     text
@@ -140,7 +143,7 @@ def quantize(
     chosen: dict[str, Any] = {"recipe": recipe, **{key: _value(value) for key, value in (set or {}).items()}}
     chosen |= {} if bits is None else {"bits": bits}
     chosen |= {} if group_size is None else {"group_size": group_size or None}
-    options = command.Options(calibration, text, calibration_tokens, eval_tokens, seq_len, keep, pad)
+    options = command.Options(calibration, text, calibration_tokens, eval_tokens, seq_len, keep, pad, stream)
     if dry_run:
         estimated = command.dry_run(model, chosen, options)
         print_json(estimated) if json else _print_estimate(estimated)
@@ -168,7 +171,10 @@ def export(directory: Path, *, format: str = "compressed-tensors", out: Path | N
     from tersor.quant.export import export as run
 
     target = out or Path(f"{directory.name}.gguf" if format == "gguf" else f"{directory.name}-{format}")
-    run(models.load(models.locate(str(directory))), target, format, tokenizer=models.load_tokenizer(directory))
+    model = models.load(models.locate(str(directory)), dtype="auto")
+    run(model, target, format, tokenizer=models.load_tokenizer(directory))
+    if target.is_dir():
+        models.copy_processor(directory, target)
     say(f"wrote {target}")
 
 
@@ -252,7 +258,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except cyclopts.CycloptsError as error:
         _fail(" ".join(str(error).split()), error, debug)
-    except (UserError, ImportError, ValueError, OSError) as error:
+    except MENDABLE as error:
         _fail(str(error) or type(error).__name__, error, debug)
 
 
@@ -301,20 +307,28 @@ def _print_quantized(report: dict[str, Any], target: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "layer", "bits per weight", "relative error", title=f"{report['model']}, {report['recipe']['recipe']}"
-    )
+    # layers know what the solver left; a tuning changes them afterwards
+    error = "relative error before tuning" if report["tuned"] else "relative error"
+    table = Table("layer", "bits per weight", error, title=f"{report['model']}, {report['recipe']['recipe']}")
     for name, layer in report["layers"].items():
-        table.add_row(name, f"{layer['bits_per_weight']:.3f}", f"{layer['relative_error']:.2e}")
+        known = layer["relative_error"] is not None
+        table.add_row(name, f"{layer['bits_per_weight']:.3f}", f"{layer['relative_error']:.2e}" if known else "")
     console = Console()
     console.print(table)
     perplexity, nbytes = report["perplexity"], report["bytes"]
     parts = ", ".join(f"{name} {value:,}" for name, value in nbytes["after"].items())
+    compared = "Streamed: not compared with the original, and errors of layers are not known."
+    if perplexity:
+        compared = (
+            f"Perplexity {perplexity['before']:.2f} -> {perplexity['after']:.2f}, KL divergence {report['divergence']:.4f} "
+            f"nats per token, another likeliest token at {100 * report['flips']:.1f} % of positions."
+        )
+    on_gpu = f", {report['peak_gpu_bytes'] / 2**20:,.0f} MiB on the GPU" if report["peak_gpu_bytes"] else ""
     for line in (
-        f"Perplexity {perplexity['before']:.2f} -> {perplexity['after']:.2f}, KL divergence {report['divergence']:.4f} nats "
-        f"per token, another likeliest token at {100 * report['flips']:.1f} % of positions.",
+        compared,
         f"Bytes {nbytes['before']:,} -> {sum(nbytes['after'].values()):,}: {parts}.",
-        f"{report['seconds']:.0f} s; peak memory {report['peak_rss_bytes'] / 2**20:,.0f} MiB.",
+        f"{report['bits_per_weight']:.3f} bits per weight of the quantised layers.",
+        f"{report['seconds']:.0f} s; peak memory {report['peak_rss_bytes'] / 2**20:,.0f} MiB{on_gpu}.",
         f"Model and report: {target}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -133,6 +133,11 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
+def peak_gpu_bytes() -> int | None:
+    """The most memory of the GPU that tensors of this process have taken; None without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 @dataclass(frozen=True)
 class Race:
     """Two runners on the same prompts, in turn; times are medians over the rounds."""

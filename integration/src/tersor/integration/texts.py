@@ -1,5 +1,6 @@
 """Text to calibrate on and to measure with: what ships with tersor, a file, or a data set of the zoo."""
 
+import hashlib
 from pathlib import Path
 
 from tersor.integration import zoo
@@ -14,6 +15,13 @@ def check(source: str | None) -> None:
     if source is None or source in _DATA_SETS or Path(source).is_file():
         return
     raise UserError(f"text file {source} does not exist, nor is it a data set{near_match(source, _DATA_SETS)}")
+
+
+def identity(source: str | None) -> str | None:
+    """What a job depends on: the SHA-256 of a file's bytes, the name of a data set, None for what ships."""
+    if source is None or source in _DATA_SETS:
+        return source
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()
 
 
 def calibration(source: str | None) -> str:

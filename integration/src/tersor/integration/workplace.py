@@ -5,6 +5,7 @@ itself renamed into place; a second run of the same job goes on after the last o
 """
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from tersor.integration.errors import UserError
+
+
+def refuse_several_processes() -> None:
+    """Raises UserError under torchrun."""
+    if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but all processes would do the same work: run the command in one; to calibrate in "
+            f"parallel, call tersor.quant.quantize from Python"
+        )
 
 
 def done_before(out: Path, job: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -41,26 +51,69 @@ def finished(out: Path) -> dict[str, Any] | None:
 def work_folder(out: Path, job: dict[str, Any]) -> Iterator[Path]:
     """The hidden folder beside `out` for this job; what another job left there is thrown away.
 
+    After an error it stays if there is something in it to go on from.
+
     Raises:
-        UserError: the disk is full.
+        UserError: another process works there, or the disk is full.
     """
     work = out.parent / f".{out.name}.partial"
     try:
-        if work.exists() and _read_json(work / "job.json") != job:
-            shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
-        _write_json(work / "job.json", job)
-        yield work
+        with _locked(work):
+            if _read_json(work / "job.json") != job:
+                for path in work.iterdir():
+                    _remove(path)
+            write_json(work / "job.json", job)
+            try:
+                yield work
+            finally:
+                if not _has_finished_work(work):
+                    _remove(work)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"no space left beside {out}: free some, then run the same command to go on") from error
         raise
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process gets here with the same folder; a lock is gone with the process that holds it."""
+    if not importlib.util.find_spec("fcntl"):  # Windows
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"another process works in {folder}: wait for it, or choose another --out") from error
+    except OSError:
+        pass  # network file systems do not lock directories
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _has_finished_work(work: Path) -> bool:
+    """Whether a stage was finished, or one of the files of a model that is streamed."""
+    patterns = ("*.json", "result", ".result.unfinished/*.safetensors")
+    return any(path.name != "job.json" for pattern in patterns for path in work.glob(pattern))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remembered(path: Path, make: Callable[[], Any]) -> Any:
     """What `path` holds from an earlier run, else made now and written there."""
     if not path.exists():
-        _write_json(path, make())
+        write_json(path, make())
     return _read_json(path)
 
 
@@ -81,6 +134,8 @@ def publish(work: Path, result: Path, out: Path, *others: str) -> None:
         if (work / name).exists():
             (work / name).replace(result / name)
     if out.exists():
+        # of a run that was killed between these two renames
+        _remove(work / "replaced")
         out.replace(work / "replaced")
     result.replace(out)
     shutil.rmtree(work)
@@ -107,7 +162,8 @@ def need_space(needed: int, out: Path) -> None:
         raise UserError(f"no space left: {out} may need {needed:,} bytes, {free:,} are free; choose another --out")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path`, whole or not at all."""
     beside = path.with_suffix(".unfinished")
     beside.write_text(json.dumps(value))
     beside.replace(path)
