@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from tersor.kernels import bench, lookup_linear
 from tersor.kernels.bench import attention, coding, linear, peers, selection, timing, transforms
-from tersor.kernels.bench.case import Case, copies, num_copies, ours
+from tersor.kernels.bench.case import OURS, Case, copies, num_copies, ours
 
 TINY = [
     *linear.cases(n=128),
@@ -51,6 +52,29 @@ class Clock:
 @pytest.fixture
 def clock():
     return Clock()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_the_default_dtype_is_no_concern_of_an_op(case, dtype, small):
+    """Models are made and run under one of their own: what a body allocates must not follow it."""
+
+    def prepared():
+        torch.manual_seed(0)
+        return case.contenders[OURS]()
+
+    (expected, _), call = pytree.tree_flatten(prepared()()), prepared()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found, _ = pytree.tree_flatten(call())
+    finally:
+        torch.set_default_dtype(before)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        if isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_every_case_has_a_name_of_its_own():

@@ -108,6 +108,7 @@ def test_registration_is_sound(generator):
     x, index = some(generator, 2, 5, 3, 4)
     torch.library.opcheck(op, (x.requires_grad_(), index))
     torch.library.opcheck(op, (torch.arange(10).view(2, 5), index.int()))
+    torch.library.opcheck(op, (torch.arange(10).view(2, 5), index.mT.contiguous().mT))
 
 
 def test_compiles_into_one_graph(generator):

@@ -276,10 +276,11 @@ def test_double_precision_is_the_references(generator):
     assert torch.autograd.gradcheck(lambda x: int8_linear(x, *p[1:]), p.x.requires_grad_())
 
 
-def test_gradients(body, generator):
-    p, upstream = problem(generator, 3, 5, 64, 2), torch.randn(3, 5, generator=generator)
+@pytest.mark.parametrize("zero", [True, False])
+def test_gradients(body, generator, zero):
+    p, upstream = problem(generator, 3, 5, 64, 2, zero=zero), torch.randn(3, 5, generator=generator)
     x = p.x.clone().requires_grad_()
-    int8_linear(x, *p[1:]).backward(upstream)
+    int8_linear(x, *(argument for argument in p[1:] if argument is not None)).backward(upstream)
     torch.testing.assert_close(x.grad, (upstream.double() @ weight(p)).float(), rtol=1e-4, atol=1e-3)
 
 

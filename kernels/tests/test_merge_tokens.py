@@ -160,6 +160,18 @@ def test_gradient_is_the_same_from_every_body(body, generator):
     torch.testing.assert_close(size.grad.double(), size64.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_the_gradient_of_sizes_does_not_come_from_a_rounded_mean(body, generator):
+    """Far from zero bfloat16 rounds a mean by as much as tokens differ."""
+    x, size, place, n = some(generator, 2, 9, 4, 7)
+    x = (20 + x).bfloat16()
+    size.requires_grad_()
+    upstream = torch.randn(2, 4, 7, generator=generator).bfloat16()
+    merge_tokens(x, size, place, n)[0].backward(upstream)
+    size64 = size.detach().double().requires_grad_()
+    mean(x.double(), size64, place, n)[0].backward(upstream.double())
+    torch.testing.assert_close(size.grad.double(), size64.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_registration_is_sound(generator):
     x, size, place, n = some(generator, 2, 6, 3, 2)
     op = torch.ops.tersor.merge_tokens.default

@@ -119,4 +119,5 @@ def test_it_has_no_gradient(generator):
 def test_registration_is_sound(generator):
     x = torch.randn(3, 64, generator=generator)
     torch.library.opcheck(torch.ops.tersor.quantize_per_token.default, (x, 8, 32, 0.9))
+    torch.library.opcheck(torch.ops.tersor.quantize_per_token.default, (x.double().mT.contiguous().mT,))
     torch.library.opcheck(torch.ops.tersor.quantize_per_token.default, (x.bfloat16(),))

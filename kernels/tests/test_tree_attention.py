@@ -152,8 +152,9 @@ def test_nan_propagates_to_those_who_see_it(body, generator):
     torch.testing.assert_close(output[1, :2], clean[0][1, :2])
 
 
-def test_views_of_a_longer_buffer(body, generator):
-    query, key, value, ancestors = problem(generator)
+@pytest.mark.parametrize("num_heads", [2, 4])
+def test_views_of_a_longer_buffer(body, generator, num_heads):
+    query, key, value, ancestors = problem(generator, num_heads=num_heads)
     buffers = [torch.cat([t, torch.full((2, 2, 20, 16), torch.nan)], 2)[:, :, :37] for t in (key, value)]
     assert_close(tree_attention(query, *buffers, ancestors), in_double(query, key, value, ancestors))
     strided = [t.mT.contiguous().mT for t in (query, key, value)]

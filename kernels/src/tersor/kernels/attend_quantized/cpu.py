@@ -42,11 +42,11 @@ def attend_quantized(
     heads, rows = batch * num_key_value_heads, num_heads // num_key_value_heads * num_queries
     threads = num_threads(rows * seq_len * head_dim)
     parts = max(1, min(-(-threads // max(heads, 1)), seq_len // _MIN_PART))
-    output = torch.zeros(parts, heads, rows, head_dim)
-    lse = torch.full((parts, heads, rows), -torch.inf)
+    output = torch.zeros(parts, heads, rows, head_dim, dtype=torch.float32)
+    lse = torch.full((parts, heads, rows), -torch.inf, dtype=torch.float32)
     if output.numel() and seq_len:
         q = query.float() * (head_dim**-0.5 if scale is None else scale)
-        logit_bias = torch.zeros(1, 1, 0) if bias is None else bias.float().contiguous()
+        logit_bias = torch.zeros(1, 1, 0, dtype=torch.float32) if bias is None else bias.float().contiguous()
         in_place = _in_place(key, value, key_token_group, value_token_group, rows, head_dim)
         lanes, key_codes, value_codes = words((head_dim + 7) // 8, *(_per_head(t[0]) for t in (key, value)))
         arguments = (

@@ -51,7 +51,7 @@ def _linear(
         return Declined("float64")
     out, groups, bits, nbytes = weight.shape
     num_rows, x_bits = x_scale.numel(), x.shape[-2]
-    y = torch.zeros(num_rows, out)
+    y = torch.zeros(num_rows, out, dtype=torch.float32)
     if y.numel() and groups:
         x, weight = x.reshape(num_rows, groups, x_bits, nbytes), weight.contiguous()
         scales = x_scale.float().reshape(num_rows), scale.float().contiguous()

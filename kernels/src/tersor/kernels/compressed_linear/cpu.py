@@ -34,7 +34,7 @@ def compressed_linear(
         return Declined("float64")
     out, n = sign_mantissa.shape
     rows = x.reshape(x.shape[:-1].numel(), n).float().contiguous()
-    y = torch.zeros(len(rows), out)
+    y = torch.zeros(len(rows), out, dtype=torch.float32)
     symbols = out * padded(n, 64)
     base, base2, nibbles, raw = open_table("compressed_linear", table, stream, side, symbols)
     if y.numel() and n:
@@ -53,10 +53,10 @@ def compressed_linear(
         )
         threads = num_threads(2 * out * n)
         if len(rows) <= _MAX_ROWS and (len(rows) == 1 or rows.numel() <= _MAX_ELEMENTS):
-            decoded = torch.empty(0, n)
+            decoded = torch.empty(0, n, dtype=torch.float32)
             _run(weight, array(rows), array(y), array(decoded), 0, out, threads)
         else:
-            block = torch.empty(min(out, max(1, max(_BLOCK_ELEMENTS, rows.numel()) // n)), n)
+            block = torch.empty(min(out, max(1, max(_BLOCK_ELEMENTS, rows.numel()) // n)), n, dtype=torch.float32)
             for start in range(0, out, len(block)):
                 decoded = block[: out - start]
                 _run(weight, array(rows[:0]), array(y[:0]), array(decoded), start, start + len(decoded), threads)

@@ -35,7 +35,7 @@ def dequant_matmul(
         return lookup_linear(x, packed, _levels(bits), scale, bits, group_size, zero_point)
     rows = x.reshape(x.shape[:-1].numel(), n).float().contiguous()
     num_rows = rows.shape[0]
-    y = torch.zeros(num_rows, out)
+    y = torch.zeros(num_rows, out, dtype=torch.float32)
     if num_rows and n and out:
         packed = packed.contiguous()
         scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
@@ -47,7 +47,7 @@ def dequant_matmul(
             else:
                 _multiply_in_parallel(array(rows), array(y), weight, bits, group_size, threads)
         else:
-            block = torch.empty(min(out, max(1, max(_BLOCK_ELEMENTS, rows.numel()) // n)), n)
+            block = torch.empty(min(out, max(1, max(_BLOCK_ELEMENTS, rows.numel()) // n)), n, dtype=torch.float32)
             for start in range(0, out, len(block)):
                 decoded = block[: out - start]
                 if threads == 1:
@@ -61,7 +61,7 @@ def dequant_matmul(
 @functools.cache
 def _levels(bits: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(2.0**bits)
+        return torch.arange(2.0**bits, dtype=torch.float32)
 
 
 @jit(fastmath=REORDER)

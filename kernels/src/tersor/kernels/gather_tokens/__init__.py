@@ -71,4 +71,4 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
             [21, 21]])
     """
     check_range(x, index)
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    return x[torch.arange(len(x), device=x.device)[:, None], index].contiguous()

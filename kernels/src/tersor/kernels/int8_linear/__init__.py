@@ -61,8 +61,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
+    # a zero point that was left out is not among them
+    needed = (*ctx.needs_input_grad, False)
     for i, name in ((2, "scale"), (3, "zero_point")):
-        if ctx.needs_input_grad[i]:
+        if needed[i]:
             raise NotImplementedError(
                 f"int8_linear has no gradient for {name}: detach it, or compute the weight from its codes in PyTorch"
             )

@@ -35,7 +35,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | N
     if not (x.numel() and out):
         return x.new_zeros(*x.shape[:-1], out)
     dtype, shape, num_rows = x.dtype, x.shape, x.numel() // n
-    x, y = x.float().contiguous(), torch.empty(*shape[:-1], out)
+    x, y = x.float().contiguous(), torch.empty(*shape[:-1], out, dtype=torch.float32)
     # Numba compiles a function for each of them
     wide = True if n // scale.shape[1] % 64 == 0 and simd512.available() else None
     if num_rows <= (_MAX_ROWS if wide is None else _MAX_ROWS_512) and simd.available():

@@ -48,7 +48,7 @@ def multiply(
     # rows of x are taken one by one, or four by four
     packed_x = torch.empty(num_rows if num_rows == 1 else -(-num_rows // 4) * 4, n, dtype=x.dtype)
     table, group_of_run = torch.empty(16, dtype=torch.int32), torch.empty(n // run, dtype=torch.int64)
-    sums = torch.empty(num_rows if zero_point is not None else 0, groups)
+    sums = torch.empty(num_rows if zero_point is not None else 0, groups, dtype=torch.float32)
     # only addresses from here on: the tensors live until the end of this function
     prepared = packed_x.data_ptr(), table.data_ptr(), group_of_run.data_ptr(), sums.data_ptr()
     _prepare(

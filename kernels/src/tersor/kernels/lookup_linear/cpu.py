@@ -52,7 +52,7 @@ def lookup_linear(
     if not (x.numel() and out):
         return x.new_zeros(*x.shape[:-1], out)
     dtype, shape = x.dtype, x.shape
-    y = torch.empty(*shape[:-1], out)
+    y = torch.empty(*shape[:-1], out, dtype=torch.float32)
     of_512_bits = bits <= 4 and x.numel() <= _MAX_ROWS * n and _run(n, bits, group_size) % 64 == 0
     if of_512_bits and simd512.available():
         x = x if dtype == torch.bfloat16 and simd512.available("bf16") else x.float()
@@ -111,7 +111,7 @@ def _multiply_vectors(x, packed, codebook, scale, zero_point, bits, group_size, 
             _multiply_in_parallel(x.data_ptr(), num_rows, y.data_ptr(), out, weight, *options, threads)
         return
     rows = x.view(num_rows, n // 32, 32)[..., FLOATS_ORDER].view(num_rows, n)
-    block = torch.empty(min(out, max(1, max(_BLOCK_ELEMENTS, x.numel()) // n)), n)
+    block = torch.empty(min(out, max(1, max(_BLOCK_ELEMENTS, x.numel()) // n)), n, dtype=torch.float32)
     y = y.view(num_rows, out)
     for start in range(0, out, len(block)):
         decoded = block[: out - start]

@@ -68,7 +68,10 @@ def _backward(ctx, grad: Tensor, grad_total: Tensor):
         share = (weight * size).view(*place.shape, *(1,) * (x.dim() - 2))
         grad_x = (grad * share).to(x.dtype)
     if ctx.needs_input_grad[1]:
-        pull = (grad * (x - merged[batch, into])).reshape(*place.shape, x.shape[2:].numel()).sum(-1)
+        if merged.dtype != wide:
+            # differences from a mean that was rounded are mostly its rounding
+            merged, _ = merge_tokens(x.to(wide), size, place, merged.shape[1])
+        pull = (grad * (x.to(wide) - merged[batch, into])).reshape(*place.shape, x.shape[2:].numel()).sum(-1)
         grad_size = (weight * pull + torch.where(place >= 0, grad_total[batch, into], 0)).to(size.dtype)
     return grad_x, grad_size, None, None
 

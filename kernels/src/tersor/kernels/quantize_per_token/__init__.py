@@ -64,4 +64,4 @@ def quantize_per_token(
     scale = clip * largest / top
     scale = scale.masked_fill(scale == 0, 1.0)
     codes = (grouped / scale[..., None]).nan_to_num(0.0).round().clamp(-top, top)
-    return codes.to(torch.int8).reshape(x.shape), scale
+    return codes.to(torch.int8).reshape(x.shape).contiguous(), scale

@@ -17,7 +17,7 @@ def quantize_per_token(
     if x.dtype == torch.float64:
         return Declined("float64")
     groups = num_groups(x.shape[-1], group_size)
-    scale = torch.ones(*x.shape[:-1], groups)
+    scale = torch.ones(*x.shape[:-1], groups, dtype=torch.float32)
     codes = torch.empty(x.shape, dtype=torch.int8)
     if x.numel():
         values = x.float().contiguous()

@@ -23,7 +23,8 @@ def tree_attention(
     factor = head_dim**-0.5 if scale is None else scale
     if query.numel() == 0:
         return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=dtype)
-    q = query.reshape(batch, heads, -1, head_dim)
+    # the flash kernel writes its output in the order of the query's memory, but reads that of it as rows
+    q = query.reshape(batch, heads, -1, head_dim).contiguous()
     rows = q.shape[2]
     parts = [_over_tree(q, key[:, :, cached:], value[:, :, cached:], ancestors, bias, factor, dtype)]
     if cached:

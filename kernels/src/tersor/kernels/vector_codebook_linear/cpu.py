@@ -27,7 +27,7 @@ def vector_codebook_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scale: T
     n = x.shape[-1]
     rows = x.detach().reshape(-1, n).float().contiguous()
     codes, codebooks = codes.contiguous().view(out, -1), codebooks.float().contiguous()
-    y = torch.empty(len(rows), out)
+    y = torch.empty(len(rows), out, dtype=torch.float32)
     threads = num_threads(codes.numel())
     if len(rows) <= _MAX_ROWS and num_codebooks * entries <= out:
         products = rows.view(-1, group_size) @ codebooks.view(-1, group_size).T  # (rows * groups, codebooks * entries)
@@ -37,7 +37,7 @@ def vector_codebook_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scale: T
         else:
             _add_up_in_parallel(*arguments, threads)
     else:
-        block = torch.empty(min(out, max(1, _BLOCK_ELEMENTS // n)), n)
+        block = torch.empty(min(out, max(1, _BLOCK_ELEMENTS // n)), n, dtype=torch.float32)
         for start in range(0, out, len(block)):
             decoded = block[: out - start]
             arguments = array(codebooks), array(codes[start : start + len(decoded)]), array(decoded)

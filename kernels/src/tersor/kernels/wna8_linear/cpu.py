@@ -46,7 +46,7 @@ def wna8_linear(
     # products of two bytes, and sums of two of them, fit in 16 bits for codes of up to 7
     x, packed = (x.to(torch.int16) if bits == 8 else x).contiguous(), packed.contiguous()
     scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
-    y = torch.empty(*x.shape[:-1], out)
+    y = torch.empty(*x.shape[:-1], out, dtype=torch.float32)
     # addresses: the tensors live until the end of this function
     addresses = [tensor.data_ptr() for tensor in (x, x_scale_of_groups, sums, y, packed, scale, zero_point)]
     operands = *addresses, *words((n + 7) // 8, packed), num_rows, out, n, groups, bits
@@ -63,7 +63,7 @@ def wna8_linear(
 
 def _wna8_linear_512(x, x_scale, packed, scale, zero_point, bits, group_size) -> Tensor:
     n, out = x.shape[-1], len(packed)
-    y = torch.empty(*x.shape[:-1], out)
+    y = torch.empty(*x.shape[:-1], out, dtype=torch.float32)
     x, x_scale_of_groups, packed = x.contiguous(), x_scale.float().contiguous(), packed.contiguous()
     scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
     # addresses: the tensors live until the end of this function
