@@ -208,9 +208,7 @@ def test_missing_tensors_are_named(load, saved):
     """transformers alone would take what memory holds for codes."""
     _, directory = saved
     edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.codes"))
-    with pytest.raises(
-        UnsupportedCheckpoint, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.codes, and lacks 1 in all"
-    ):
+    with pytest.raises(UnsupportedCheckpoint, match="lacks 1 tensors of quantised layers, model.* for one"):
         load.from_pretrained(directory)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from tersor.quant import quantize, recipes
 from tersor.quant.linear import QuantizedLinear
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import AutoModelForCausalLM
 from tersor.quant import quantize, recipes
+from tersor.quant.transform import PermuteIntermediate
 from tersor.quant.tuning import PV, BlockMSE
 
 distributed.init_process_group("gloo")
@@ -37,7 +38,7 @@ try:
     quantize(experts, recipes.gptq(4, 32), ids[:2, :2])
 except ValueError as error:
     print(error)
-quantize(experts, recipes.gptq(4, 32), ids.split(1))
+quantize(experts, replace(recipes.gptq(4, 32), transforms=(PermuteIntermediate(),)), ids.split(1))
 save_file(experts.state_dict(), f"{sys.argv[1]}/experts{distributed.get_rank()}.safetensors")
 tuned = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 quantize(tuned, replace(recipes.gptq(2, 32), tuning=(BlockMSE(3), PV(3, 2))), ids)
@@ -56,10 +57,18 @@ def test_two_processes_give_the_result_of_one(make_model, ids, tmp_path):
         "head_dim": 16,
     }
     # so many that the first sequences of the processes are not sent to the same ones
-    experts = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=97, num_local_experts=12, num_experts_per_tok=1)
+    experts = Qwen2MoeConfig(
+        **sizes,
+        num_key_value_heads=2,
+        vocab_size=97,
+        num_experts=12,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        MixtralForCausalLM(experts).save_pretrained(tmp_path / "experts")
+        Qwen2MoeForCausalLM(experts).save_pretrained(tmp_path / "experts")
     (tmp_path / "program.py").write_text(PROGRAM)
     rows = ids[:15]  # the processes get 8 and 7
     save_file({"ids": rows}, tmp_path / "ids.safetensors")

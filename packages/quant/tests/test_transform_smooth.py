@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tersor.quant import Recipe, quantize
 from tersor.quant.activation import IntActivation
 from tersor.quant.blocks import linears
 from tersor.quant.calibration import batches, block_inputs
+from tersor.quant.experts import separate_experts
 from tersor.quant.grid import IntGrid
 from tersor.quant.transform import (
+    ActScale,
     BlockTransform,
     PercentileSmooth,
     SearchedSmooth,
@@ -172,6 +175,25 @@ def test_the_search_finds_an_alpha_that_helps_a_trained_model(tiny_lm, held_out_
     # what was found is noted, not what was asked for
     (found,) = model.config.quantization_config.recipe["transforms"]
     assert found in [{"type": "Smooth", "alpha": each.alpha, "percentile": 100.0} for each in search.candidates()]
+
+
+@pytest.mark.parametrize("transform", [Smooth(), ActScale(4)], ids=str)
+@torch.no_grad()
+def test_experts_that_the_first_batch_does_not_reach_are_scaled_too(transform, ids):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=97, num_local_experts=12, num_experts_per_tok=1)
+    model = MixtralForCausalLM(config).eval()
+    separate_experts(model)
+    exact, block = model(ids).logits, model.model.layers[0]
+    few = block_inputs(model, model.model.layers, [{"input_ids": ids[:1, :8]}])
+    with pytest.raises(ValueError, match=r"no batch .* reaches all linears of block 0: mlp\.experts.*larger batches"):
+        transform.fold_block(block, few, 0, dict.fromkeys(linears(block).values(), GRID))
+    inputs = block_inputs(model, model.model.layers, [{"input_ids": ids[:1, :8]}, {"input_ids": ids}])
+    norm = block.post_attention_layernorm.weight.clone()
+    transform.fold_block(block, inputs, 0, dict.fromkeys(linears(block).values(), GRID))
+    assert not torch.equal(block.post_attention_layernorm.weight, norm)
+    torch.testing.assert_close(model(ids).logits, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_the_alphas_that_are_tried_end_with_one():

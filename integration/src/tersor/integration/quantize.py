@@ -132,11 +132,14 @@ def _recipe(settings: Mapping[str, Any], options: Options) -> Any:
 
 
 def _check_texts(source: Path, recipe: Any, options: Options) -> None:
-    """Raises ValueError, before any work, if a text that will be needed is too short."""
-    if recipe.needs_data:
-        _calibration(source, options)
-    if not options.stream:
-        _held_out(source, options)
+    """Raises UserError, before any work, if a text that will be needed is too short."""
+    try:
+        if recipe.needs_data:
+            _calibration(source, options)
+        if not options.stream:
+            _held_out(source, options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _calibration(source: Path, options: Options) -> Any:

@@ -1,5 +1,6 @@
 """Checkpoints: transformers saves and loads quantised models by itself once our quantiser is registered with it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -85,7 +86,7 @@ class TersorQuantizer(HfQuantizer):
             )
             model.set_submodule(name, layer)
             expected += [f"{stored_name}.{buffer}" for buffer in layer.layout()]
-        _check_complete(model, expected, checkpoint_files or ())
+        _check_complete(expected, checkpoint_files or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Those that rename; the others would make one tensor of all experts."""
@@ -168,21 +169,21 @@ def _name_in(model: Any, name: str, kind: type[nn.Module] = nn.Linear) -> str:
     raise UnsupportedCheckpoint(f"the checkpoint quantises {name}, which is no linear of {type(model).__name__}")
 
 
-def _check_complete(model: Any, expected: Sequence[str], files: Sequence[str]) -> None:
+def _check_complete(expected: Sequence[str], files: Sequence[str]) -> None:
     """Raises UnsupportedCheckpoint where transformers only reports that tensors are missing, and takes any bytes for codes.
 
-    Files whose names are all others, as of models that transformers renames when it loads them, are left to it.
+    Counted by the ends of their names: what stands before, transformers may rename as it loads a model.
     """
     stored: set[str] = set()
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, "pt") as opened:
                 stored.update(opened.keys())
-    prefix = f"{model.base_model_prefix}."
-    missing = [name for name in expected if stored.isdisjoint((name, name.removeprefix(prefix), prefix + name))]
-    if 0 < len(missing) < len(expected):
+    wanted, there = (Counter(name.rpartition(".")[2] for name in names) for names in (expected, stored))
+    if stored and (missing := wanted - there):
+        example = next(name for name in expected if name not in stored and name.rpartition(".")[2] in missing)
         raise UnsupportedCheckpoint(
-            f"the checkpoint has no tensor {missing[0]}, and lacks {len(missing)} in all; save or copy it again"
+            f"the checkpoint lacks {missing.total()} tensors of quantised layers, {example} for one; save or copy it again"
         )
 
 

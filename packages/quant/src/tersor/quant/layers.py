@@ -36,7 +36,8 @@ def layers_by_input(
     runs = block_passes(block, running, index)
     if runs:
         # those of one process: an expert that is called there may not be called in another's first batch
-        groups = of_first_process(shared_inputs(found, runs[0][0])) if found else []
+        device = next(block.parameters()).device
+        groups = of_first_process(shared_inputs(found, runs[0][0]), device) if found else []
     else:
         groups = [SharedInput([name], 0) for name in found]
     for names, calls in groups:

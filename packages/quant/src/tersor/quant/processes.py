@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
@@ -18,11 +19,16 @@ def over_processes(values: Tensor, operation: str = "SUM") -> Tensor:
     return values
 
 
-def of_first_process(value: T) -> T:
-    """What the first process holds, in all of them."""
+def most_over_processes(value: int, device: torch.device) -> int:
+    """The largest that any process holds; `device` is this one's."""
+    return int(over_processes(torch.tensor([value], device=device), "MAX"))
+
+
+def of_first_process(value: T, device: torch.device) -> T:
+    """What the first process holds, in all of them; `device` is this one's, as backends for GPUs want to know."""
     held = [value]
     if num_processes() > 1:
-        distributed.broadcast_object_list(held)
+        distributed.broadcast_object_list(held, device=device)
     return held[0]
 
 

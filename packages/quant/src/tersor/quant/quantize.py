@@ -87,7 +87,7 @@ def quantize(
         dense = dense_inputs(recipe, running)
         grids = {linear: schemes[name].grid for layers in found for name, linear in layers.items()}
         recipe = searched(recipe, blocks, running, grids)
-        del grids  # it would keep the weights that are replaced
+        del grids, waiting  # they would keep the weights that are replaced
         changes = [t for t in recipe.transforms if isinstance(t, BlockTransform | TaughtTransform)]
         for index, block in enumerate(blocks):
             for change in changes:

@@ -117,7 +117,8 @@ def _check_transform(recipe: Recipe, names: Sequence[str]) -> None:
     for pattern in transform.layers if transform else ():
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(
-                f"{transform} is for linears that are called {pattern!r}, but there are only {names[0]} and the like"
+                f"{transform} is for linears that are called {pattern!r}, but there are only {names[0]} and the like: name "
+                f"others in layers"
             )
 
 

@@ -22,8 +22,8 @@ class IntGrid:
 
     Asymmetric: the levels span min(w, 0) ... max(w, 0) of the group (arXiv:1712.05877, section 2). Symmetric: zero_point
     is 2^(bits-1) and scale = max|w| / ((2^bits - 1) / 2), so that the end without a level is missed by half a step.
-    Either way no weight that a grid was fitted to is missed by more than half a step: scales are stored in float16,
-    rounded up.
+    Either way no weight that a grid was fitted to is missed by more than half a step, unless `float_zero`: scales are
+    stored in float16, rounded up.
 
     Args:
         bits: bits per code, 1 to 8.
@@ -32,7 +32,8 @@ class IntGrid:
         restricted: of a symmetric grid, leave the lowest code unused, so that the extremes of both signs are levels:
             scale = max|w| / (2^(bits-1) - 1), as products of int8 want it.
         float_zero: zero points are float16 and lie anywhere, as HQQ finds them: the levels span min(w) ... max(w), and
-            zero too where that is more than a thousand steps away.
+            zero too where that is about a thousand times as far away as they reach. Rounded to eleven bits, zero points
+            beyond 1024 miss weights by more than half a step.
     """
 
     bits: int = 4
@@ -82,8 +83,9 @@ class IntGrid:
         """The parameters whose outermost levels are `low` and `high` (out, groups), or the larger of them both ways."""
         top = 2**self.bits - (2 if self.restricted else 1)
         if self.float_zero:
-            # a zero point of float16 that lies further off is rounded by half a step: such a group is spanned from zero
-            far = (high > low) & (torch.maximum(low.abs(), high.abs()) * top > 1024 * (high - low))
+            # a zero point of float16 that lies further off is rounded by the width of the group, or infinite
+            most = min(1024 * top, 2**15)
+            far = (high > low) & (torch.maximum(low.abs(), high.abs()) * top > most * (high - low))
             low, high = torch.where(far, low.clamp(max=0), low), torch.where(far, high.clamp(min=0), high)
         span = 2 * torch.maximum(-low, high) if self.symmetric else high - low
         scale = _float16_from_above(span / top)

@@ -13,7 +13,7 @@ from tersor.quant.activation import Activation
 from tersor.quant.blocks import linears, matches
 from tersor.quant.calibration import BlockInputs, token_rows
 from tersor.quant.grid import Grid, IntGrid, ScalarGrid
-from tersor.quant.processes import over_processes
+from tersor.quant.processes import most_over_processes, over_processes
 from tersor.quant.transform.attention import attentions, divergence
 from tersor.quant.transform.fold import Pair, check_scalable, fold_scale, scalable
 from tersor.quant.transform.smooth import Smooth, channel_maxima
@@ -140,7 +140,7 @@ class DistributionCorrection:
     ) -> None:
         """Leave in `layers` the best of what epochs end with."""
         # AdamW does not care for a factor; but gradients of an error over all outputs are lost in float16
-        batches, outputs = len(inputs), inputs[0].hidden.numel()
+        batches, outputs = len(inputs), most_over_processes(inputs[0].hidden.numel(), inputs[0].hidden.device)
         rates = {"log_scale": self.smoothing_rate, "low": self.clip_rate, "high": self.clip_rate}
         # readers of one input share a scale
         found = {

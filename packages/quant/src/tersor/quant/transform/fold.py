@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tersor.quant.blocks import linears
-from tersor.quant.calibration import BlockInputs, Pass, token_rows
+from tersor.quant.calibration import BlockInputs, Pass, shared_inputs, token_rows
 from tersor.quant.transform.protocol import UnsupportedFold
 
 
@@ -95,6 +96,19 @@ def find_pairs(
     return found
 
 
+def _whole_pass(block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> Callable[[], Tensor]:
+    """A pass that calls all linears of `block`: one that is not called would not be seen to read anything."""
+    missing = ""
+    for each in inputs:
+        run = partial(each.run, index, block)
+        missing = next((names[0] for names, calls in shared_inputs(linears(block), run) if not calls), "")
+        if not missing:
+            return run
+    raise ValueError(
+        f"no batch of the calibration data reaches all linears of block {index}: {missing} is not called; give larger batches"
+    )
+
+
 def check_scalable(block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> None:
     """Raises UnsupportedFold if `scalable` would; quicker, where a norm is among the pairs."""
     pairs = find_pairs(block, lambda: inputs[0].run(index, block), norms(block))
@@ -107,8 +121,9 @@ def scalable(block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> lis
 
     Raises:
         UnsupportedFold: there are none.
+        ValueError: of none of the batches every linear is given something: every expert, say.
     """
-    pairs = find_pairs(block, lambda: inputs[0].run(index, block))
+    pairs = find_pairs(block, _whole_pass(block, inputs, index))
     if found := [pair for pair in pairs if pair.readers]:
         return found
     raise UnsupportedFold(

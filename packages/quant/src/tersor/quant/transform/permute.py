@@ -85,15 +85,18 @@ class PermuteIntermediate:
     def _found(self, block: nn.Module, inputs: Sequence[BlockInputs], index: int) -> dict[nn.Linear, list[nn.Linear]]:
         """Linears, and those before them whose outputs may come in any order."""
         of_block, run = linears(block), partial(inputs[0].run, index, block)
-        called = of_first_process(shared_inputs(of_block, run))
-        groups = [[of_block[name] for name in names] for names, calls in called if calls]
+        groups = [[of_block[name] for name in names] for names, calls in shared_inputs(of_block, run) if calls]
         found = {}
         for i, group in enumerate(groups):
             for reader in (linear for later in groups[i + 1 :] for linear in later):
                 sources = [linear for linear in group if linear.out_features == reader.in_features]
                 if sources and reader not in found and _permutable(sources, reader, run):
                     found[reader] = sources
-        return found
+        # those of one process: an expert that is called there may not be called in another's first batch
+        name_of = {linear: name for name, linear in of_block.items()}
+        names = {name_of[reader]: [name_of[source] for source in sources] for reader, sources in found.items()}
+        device = next(block.parameters()).device
+        return {of_block[r]: [of_block[s] for s in sources] for r, sources in of_first_process(names, device).items()}
 
 
 def _residual_stream(model: Any, ids: Tensor) -> tuple[list[Side], list[nn.Module]]:

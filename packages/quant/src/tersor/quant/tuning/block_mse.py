@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.quant.calibration import BlockInputs, token_rows
-from tersor.quant.processes import mean_over_processes
+from tersor.quant.processes import mean_over_processes, most_over_processes
 from tersor.quant.tuning.adamw import RelativeAdamW, learnable, undone_unless_better
 from tersor.quant.tuning.batches import shuffled
 from tersor.quant.tuning.trainable import TrainableLinear, trainable
@@ -80,7 +80,7 @@ class BlockMSE:
             if not optimizer.parameters:
                 return
             # AdamW does not care for a factor; but gradients of an error over all outputs are lost in float16
-            outputs = inputs[0].hidden.numel()
+            outputs = most_over_processes(inputs[0].hidden.numel(), inputs[0].hidden.device)
             for step, batch in enumerate(shuffled(len(inputs), self.steps, self.seed)):
                 (outputs * (loss(batch) + self.penalty(layers, step / self.steps))).backward()
                 optimizer.step()
