@@ -137,7 +137,7 @@ class Unfinished:
         os.replace(part, self._manifest)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer_and_processor(source: Path, target: Path) -> None:
     """Copy what belongs to the tokenizer of a checkpoint, and to the processor of one that sees or hears."""
     for pattern in ("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*", "*processor_config.json"):
         for path in source.glob(pattern):

@@ -20,7 +20,7 @@ from tersor.quant.processes import num_processes
 from tersor.quant.quantize import Progress, dense_inputs, quantise_block
 from tersor.quant.recipe import Recipe
 from tersor.quant.scheme import Scheme
-from tersor.quant.shards import Source, Unfinished, copy_tokenizer
+from tersor.quant.shards import Source, Unfinished, copy_tokenizer_and_processor
 from tersor.quant.survey import calibration_batches, planned
 from tersor.quant.transform import (
     BlockTransform,
@@ -236,4 +236,4 @@ def _save_config(model: Any, source: Path, directory: Path) -> None:
         GenerationConfig.from_pretrained(source).save_pretrained(directory)
     elif model.can_generate():
         model.generation_config.save_pretrained(directory)
-    copy_tokenizer(source, directory)
+    copy_tokenizer_and_processor(source, directory)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tersor.kernels import pack_bits, unpack_bits
 from tersor.quant.grid.codebook import CodebookGrid, ScaleParams, as_float16
-from tersor.quant.grid.protocol import Buffer, Stored
+from tersor.quant.grid.protocol import Buffer, Stored, check_group_size
 
 
 class _Packing(NamedTuple):
@@ -41,8 +41,7 @@ class BitBalance(CodebookGrid):
     def __post_init__(self) -> None:
         if self.levels not in _PACKING:
             raise ValueError(f"levels must be 3 or 5, got {self.levels}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
 
     @property
     def bits(self) -> int:

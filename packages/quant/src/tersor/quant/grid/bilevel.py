@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import dequant_matmul, pack_bits, unpack_bits
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of, groups
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size, groups
 
 
 class BilevelParams(NamedTuple):
@@ -45,8 +45,7 @@ class BilevelInt:
         for name, bits in (("bits", self.bits), ("stat_bits", self.stat_bits)):
             if not 1 <= bits <= 8:
                 raise ValueError(f"{name} must be 1 to 8, got {bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
         if self.stat_group < 1:
             raise ValueError(f"stat_group must be positive, got {self.stat_group}")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tersor.quant.grid.codebook import CodebookGrid, as_float16
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size
 
 
 class BinaryParams(NamedTuple):
@@ -30,8 +30,7 @@ class BinaryGrid(CodebookGrid):
     centred: bool = False
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
 
     @property
     def bits(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tersor.kernels import bit_planes, dequant_matmul, pack_bits
 from tersor.kernels.bitplane_linear import plane_codes
 from tersor.quant.grid.codebook import CodebookGrid, ScaleParams, as_float16
-from tersor.quant.grid.protocol import Buffer, Stored
+from tersor.quant.grid.protocol import Buffer, Stored, check_group_size
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class BipolarInt(CodebookGrid):
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
 
     @property
     def codebook(self) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tersor.kernels import lookup_linear, pack_bits, unpack_bits
 from tersor.quant.grid.codebook import as_float16
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of, groups
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size, groups
 
 
 class DualBinaryParams(NamedTuple):
@@ -32,8 +32,7 @@ class DualBinary:
     per_row = True
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
 
     def groups(self, in_features: int) -> int:
         return groups(in_features, self.group_size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import dequant_matmul, pack_bits, unpack_bits, w4a8_linear
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of, groups
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size, groups
 
 
 class DualGrainParams(NamedTuple):
@@ -32,8 +32,7 @@ class DualGrain:
     per_row = True
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
 
     def groups(self, in_features: int) -> int:
         return groups(in_features, self.group_size)

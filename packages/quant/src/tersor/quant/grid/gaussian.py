@@ -12,7 +12,7 @@ from torch import Tensor
 from tersor.kernels import pack_bits, unpack_bits, vector_codebook_linear
 from tersor.quant.grid.codebook import CodebookGrid, ScaleParams, as_float16
 from tersor.quant.grid.lloyd import normal_levels
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of, groups
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size, groups
 
 TABLES = Path(__file__).with_name("gaussian_tables.safetensors")
 # pairs whose nearest entry is looked for at once: 16 MiB of products with 256 entries
@@ -144,5 +144,4 @@ def _root_mean_square(grouped: Tensor) -> Tensor:
 def _check_settings(n: int, group_size: int | None, offered: tuple[int, ...]) -> None:
     if n not in offered:
         raise ValueError(f"n must be one of {', '.join(map(str, offered))}, got {n}")
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size must be positive or None (one group per row), got {group_size}")
+    check_group_size(group_size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tersor.kernels import dequant_matmul, pack_bits, unpack_bits, w4a8_linear, w8a8_linear, wna8_linear
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of, groups
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size, groups
 
 
 class IntParams(NamedTuple):
@@ -46,8 +46,7 @@ class IntGrid:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
         if self.restricted and not (self.symmetric and self.bits > 1):
             raise ValueError("restricted is for symmetric grids of at least 2 bits")
         if self.symmetric and self.float_zero:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tersor.kernels import lookup_linear, pack_bits, unpack_bits
 from tersor.quant.grid.decoded import decoded_linear
 from tersor.quant.grid.lloyd import kmeans
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of, groups
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size, groups
 
 
 class KMeansParams(NamedTuple):
@@ -36,8 +36,7 @@ class KMeansGrid:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
         if self.per_tensor and self.group_size is not None:
             raise ValueError(f"a codebook per tensor is not one per group of {self.group_size}: use group_size=None")
 

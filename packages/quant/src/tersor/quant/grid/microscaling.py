@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tersor.quant.grid.codebook import CodebookGrid, ScaleParams
 from tersor.quant.grid.float import E2M1, E4M3, numbers
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MXFP4Grid(CodebookGrid):
     def __post_init__(self) -> None:
         if self.rule not in ("even", "floor"):
             raise ValueError(f'rule must be "even" or "floor", got {self.rule!r}')
-        _check_group_size(self.group_size)
+        check_group_size(self.group_size)
 
     @property
     def bits(self) -> int:
@@ -62,11 +62,6 @@ class MXFP4Grid(CodebookGrid):
         return ScaleParams(_power(stored["scale_exponents"].int()))
 
 
-def _check_group_size(group_size: int | None) -> None:
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size must be positive or None (one group per row), got {group_size}")
-
-
 def _power(biased_exponent: Tensor) -> Tensor:
     """2^(biased_exponent - 127), float32, exact."""
     return (biased_exponent.clamp(1, 254) << 23).view(torch.float32)
@@ -91,7 +86,7 @@ class NVFP4Grid(CodebookGrid):
     group_size: int | None = 16
 
     def __post_init__(self) -> None:
-        _check_group_size(self.group_size)
+        check_group_size(self.group_size)
 
     @property
     def bits(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tersor.quant.grid.codebook import CodebookGrid, ScaleParams, as_float16
-from tersor.quant.grid.protocol import Buffer, Stored, bits_of
+from tersor.quant.grid.protocol import Buffer, Stored, bits_of, check_group_size
 
 # arXiv:2305.14314, appendix E
 NF4 = (
@@ -43,8 +43,7 @@ class NormalFloatGrid(CodebookGrid):
     group_size: int | None = 64
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive or None (one group per row), got {self.group_size}")
+        check_group_size(self.group_size)
 
     @property
     def bits(self) -> int:

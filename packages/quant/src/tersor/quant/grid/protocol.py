@@ -117,6 +117,12 @@ def bits_per_weight(grid: Grid, out_features: int, in_features: int) -> float:
     return 8 * nbytes / (out_features * in_features)
 
 
+def check_group_size(group_size: int | None) -> None:
+    """Raises ValueError if no weights can share a scale so."""
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size must be positive or None (one group per row), got {group_size}")
+
+
 def groups(in_features: int, group_size: int | None) -> int:
     """Groups of `group_size` (None: one) in a row of `in_features` weights.
 

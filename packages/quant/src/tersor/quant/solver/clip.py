@@ -16,8 +16,7 @@ from tersor.quant.solver.result import Result
 class ClipSearch:
     """Rounds to nearest on the range, of each group of each row, that loses least: never more than rounding by itself.
 
-    A range is shrunk by fitting the grid to ratio * W; so it works on every grid whose levels follow
-    the weights of a row.
+    A range is shrunk by fitting the grid to ratio * W; so it works on every grid whose levels follow the weights of a row.
 
     Args:
         metric: what is lost, with E = W - Q. "weight": sum |E|^2.4, without data, as GPTQ's authors' code has it;
