@@ -51,7 +51,7 @@ class Teacher:
         """Nats per token, over some of the rows or all, and over those of all processes: each gives its own."""
         rows = range(len(self.rows)) if rows is None else rows
         total = sum(float(of_row.sum()) for of_row in self.divergences(rows))
-        tokens = self._count(rows)
+        tokens = sum(len(self._likeliest[row].values) for row in rows)
         found = torch.tensor([total, tokens], dtype=torch.float64, device=self.model.device)
         total, tokens = over_processes(found).tolist()
         return total / tokens
@@ -63,15 +63,16 @@ class Teacher:
             yield _divergence(log_p, log_q.gather(-1, tokens))
 
     def backward(self, rows: Sequence[int], loss: Callable[[Sequence[int]], Tensor] | None = None) -> None:
-        """Add to the gradients those of a mean over the tokens of some rows; of their logits a part is held at a time.
+        """Add to the gradients those of a sum over the tokens of some rows; of their logits a part is held at a time.
+
+        Of a mean, most would be below what float16 can tell from zero.
 
         Args:
             loss: of each token of the rows that it is given, (tokens,); None: their divergence.
         """
-        tokens = self._count(rows)
         for part in self._parts(rows):
             of_tokens = loss(part) if loss else torch.cat([*self.divergences(part)])
-            (of_tokens.sum() / tokens).backward()
+            of_tokens.sum().backward()
 
     def entropies(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Of the model's own predictions for the same tokens, (tokens,), in nats: never more than over all tokens."""
@@ -79,10 +80,6 @@ class Teacher:
             p = self._likeliest[row].values.double().exp()
             rest = (1 - p.sum(-1)).clamp(min=1e-6)
             yield -(p * p.log()).nan_to_num().sum(-1) - rest * rest.log()
-
-    def _count(self, rows: Sequence[int]) -> int:
-        """Tokens of some rows that are no padding."""
-        return sum(len(self._likeliest[row].values) for row in rows)
 
     def _predictions(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Log-probabilities (tokens, vocab) of the token after each that is no padding, row by row."""
