@@ -59,7 +59,7 @@ class DeviationAware:
 
     Args:
         gamma: 0: all tokens count the same. In two blocks of tiny-lm, 80 steps take the divergence on other text from .245
-            to .133 with 0, .130 with .1 and .132 with 1.
+            to .1357 with 0 and .1354 with .1 in the mean of three orders of the sequences, which differ by .004.
         steps: of AdamW.
         batch_size: sequences of the calibration data for each step.
         rate: of each parameter, as a share of its root mean square; falls to zero in a straight line.
