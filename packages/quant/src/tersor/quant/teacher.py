@@ -51,7 +51,8 @@ class Teacher:
         """Nats per token, over some of the rows or all, and over those of all processes: each gives its own."""
         rows = range(len(self.rows)) if rows is None else rows
         total = sum(float(of_row.sum()) for of_row in self.divergences(rows))
-        tokens = sum(len(self._likeliest[row].values) for row in rows)
+        num_tokens = self.num_tokens
+        tokens = sum(num_tokens[row] for row in rows)
         found = torch.tensor([total, tokens], dtype=torch.float64, device=self.model.device)
         total, tokens = over_processes(found).tolist()
         return total / tokens
