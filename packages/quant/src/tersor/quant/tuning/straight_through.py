@@ -15,7 +15,7 @@ class StraightThrough:
     continuous is learnt beside. So it is `PV` with neither limits nor oblivion, and its rival.
 
     Args:
-        code_rate: so far the weights move in a step; the other arguments are those of `PV`.
+        code_rate: as the other arguments, that of `PV`; the codes of all weights follow.
     """
 
     steps: int = 100
