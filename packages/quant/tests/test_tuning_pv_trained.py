@@ -63,5 +63,5 @@ def test_codes_that_move_keep_more_than_frozen_ones_and_limits_keep_large_steps_
         large["frozen"].append(divergence(PV(**same, max_code_change=0.0, seed=seed)))
     pv, straight_through, frozen = (statistics.mean(losses) for losses in large.values())
     assert pv < 0.8 * min(straight_through, frozen)
-    for best in (PV(**same), StraightThrough(**same)):
-        assert divergence(best) < 0.7 * frozen
+    for usual in (PV(**same), StraightThrough(**same)):
+        assert divergence(usual) < 0.7 * frozen
