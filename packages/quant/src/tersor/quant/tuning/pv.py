@@ -135,6 +135,8 @@ def moved_codes(
 ) -> Tensor:
     """`codes` after one V step: those furthest from `target` (out, in) are encoded anew where that is nearer to it.
 
+    Of an `AdditiveGrid`, the furthest four times `max_change` are tried.
+
     Args:
         max_change: the share of the codes that may change, rounded up.
         trust_ratio: |W^_new - W^| / |W^| stays below it, or one code alone changes.
@@ -144,25 +146,20 @@ def moved_codes(
         raise TypeError(f"PV moves codes of neighbours in a row, which those of {type(grid).__name__} are not")
     old, wanted = grid.decode(codes, params).reshape(rows * groups, -1), target.reshape(rows * groups, -1)
     way = (wanted - old).square().sum(-1)
-    left = math.ceil(max_change * len(way))
-    chosen, new, there = [], [], []
-    # a beam search is dear: it ends where enough are found
-    size = 4 * left if isinstance(grid, AdditiveGrid) else len(way)
-    for some in way.argsort(descending=True).split(size):
-        found, decoded = _encoded(grid, target, params, groups, some)
-        # of two equally near, the old one stays
-        nearer = ((wanted[some] - decoded).square().sum(-1) < way[some]).nonzero()[:left, 0]
-        chosen, new, there = [*chosen, some[nearer]], [*new, found[nearer]], [*there, decoded[nearer]]
-        left -= len(nearer)
-        if not left:
-            break
-    of, moves = torch.cat(chosen), (torch.cat(there) - old[torch.cat(chosen)]).square().sum(-1)
+    most = math.ceil(max_change * len(way))
+    # a beam search is dear: it is made for the likeliest alone
+    likely = way.argsort(descending=True)[: 4 * most if isinstance(grid, AdditiveGrid) else None]
+    new, there = _encoded(grid, target, params, groups, likely)
+    # of two equally near, the old one stays
+    nearer = ((wanted[likely] - there).square().sum(-1) < way[likely]).nonzero()[:most, 0]
+    of, new, there = likely[nearer], new[nearer], there[nearer]
+    moves = (there - old[of]).square().sum(-1)
     allowed = torch.ones_like(of, dtype=torch.bool)
     if trust_ratio is not None:
         allowed = moves.cumsum(0).sqrt() <= trust_ratio * old.norm()
         allowed[:1] = True
     changed = codes.flatten(0, 1).clone()
-    changed[of[allowed]] = torch.cat(new)[allowed]
+    changed[of[allowed]] = new[allowed]
     return changed.view_as(codes)
 
 
